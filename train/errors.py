@@ -1,0 +1,52 @@
+"""What went wrong, said once: exceptions for the user, and the exit codes of every launcher.
+
+Library code raises `UserError` for anything the user can put right: what was given, what was expected, what to do
+next. `train.cli.run` turns it into one message on stderr and a non-zero exit code. Python's own exceptions stay for
+our own mistakes, and keep their traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+EXIT_OK = 0
+EXIT_FAILURE = 1  # something broke that is not the user's to mend: a traceback says where
+EXIT_USER = 2  # the input, a setting or the machine must change first
+EXIT_VERIFICATION = 3  # a hand-over was not proven: ids, weights or logits differ
+EXIT_NON_FINITE_LOSS = 4  # training met NaN or infinity; the last good checkpoint is named
+EXIT_INTERRUPTED = 130  # Ctrl-C
+
+
+class UserError(Exception):
+    """One or more problems the user can fix. All of them are reported at once.
+
+    Args:
+        problems: one message, or several; each a full sentence that ends with what to do.
+        exit_code: the launcher's exit status.
+    """
+
+    def __init__(self, problems: str | Iterable[str], *, exit_code: int = EXIT_USER) -> None:
+        self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
+        self.exit_code = exit_code
+        super().__init__("\n".join(self.problems))
+
+
+class VerificationError(UserError):
+    """A conversion's result differs from its source. Nothing that was not proven is handed over."""
+
+    def __init__(self, problems: str | Iterable[str]) -> None:
+        super().__init__(problems, exit_code=EXIT_VERIFICATION)
+
+
+class NonFiniteLossError(UserError):
+    """The loss became NaN or infinite."""
+
+    def __init__(self, problems: str | Iterable[str]) -> None:
+        super().__init__(problems, exit_code=EXIT_NON_FINITE_LOSS)
+
+
+def refuse(problems: Iterable[str]) -> None:
+    """Raises `UserError` with all `problems`, or returns when there is none."""
+    found = tuple(problems)
+    if found:
+        raise UserError(found)

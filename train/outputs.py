@@ -1,0 +1,115 @@
+"""Every output appears whole or not at all: write under a temporary name beside it, then rename.
+
+    with outputs.new_folder(path, overwrite=False) as folder:
+        (folder / "config.json").write_text(...)
+
+Whatever goes wrong inside the block, `path` is as it was before. What a killed run left behind is removed by the
+next run on the same host.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from train.errors import UserError
+
+_MARK = ".unfinished-"
+
+
+@contextmanager
+def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yields a temporary path in the folder of `path`; it becomes `path` when the block ends without an exception.
+
+    Raises:
+        UserError: `path` exists and `overwrite` is false, is a folder, or cannot be written.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, a file name was expected: name a file inside it.")
+    _refuse_existing(path, overwrite=overwrite)
+    unfinished = _unfinished_name(path)
+    try:
+        yield unfinished
+        if unfinished.exists():
+            unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yields an empty temporary folder; it becomes `path` when the block ends without an exception.
+
+    An existing empty folder is taken as no output. With `overwrite` the old folder goes only once the new one is
+    whole.
+
+    Raises:
+        UserError: `path` exists and `overwrite` is false, is a file, or cannot be written.
+    """
+    if path.is_file():
+        raise UserError(f"{path} is a file, a folder name was expected: choose another output.")
+    _refuse_existing(path, overwrite=overwrite)
+    unfinished = _unfinished_name(path)
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        if path.exists():
+            replaced = unfinished.with_name(unfinished.name + "-replaced")
+            path.rename(replaced)
+            unfinished.rename(path)
+            shutil.rmtree(replaced)
+        else:
+            unfinished.rename(path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether `path` is a temporary output of a run that is under way or was killed."""
+    return _MARK in path.name
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small file whole, replacing what is there."""
+    with new_file(path, overwrite=True) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def _refuse_existing(path: Path, *, overwrite: bool) -> None:
+    is_empty_folder = path.is_dir() and not any(path.iterdir())
+    if path.exists() and not is_empty_folder and not overwrite:
+        raise UserError(f"{path} exists already: pass --overwrite to replace it, or choose another output.")
+
+
+def _unfinished_name(path: Path) -> Path:
+    """A name beside `path` that tells host and process, once leftovers of dead processes are gone."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{path.parent} is a file, a folder was expected: choose another output.") from None
+    except OSError as error:
+        raise UserError(f"{path.parent} cannot be made ({error.strerror}): choose a writable output.") from None
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserError(f"{path.parent} is not writable: choose another output or change its permissions.")
+    host = socket.gethostname()
+    prefix = f".{path.name}{_MARK}{host}-"
+    for leftover in path.parent.iterdir():
+        if leftover.name.startswith(prefix) and not _is_alive(leftover.name.removeprefix(prefix).partition("-")[0]):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    return path.with_name(f"{prefix}{os.getpid()}")
+
+
+def _is_alive(process_id: str) -> bool:
+    if not process_id.isdigit():
+        return False
+    try:
+        os.kill(int(process_id), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return int(process_id) != os.getpid()

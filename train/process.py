@@ -1,0 +1,136 @@
+"""The one place that starts programs. Everything else builds a `Command` and hands it here.
+
+    exit_code = process.run(Command(("python", "-m", "train.engine.transformers.worker")), log=folder / "rank0.log")
+
+Commands are lists of arguments: nothing goes through a shell.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|API_KEY|CREDENTIAL", re.IGNORECASE)
+_GRACE_S = 30.0  # what a child gets between our signal and SIGKILL: long enough for the last log lines
+
+
+@dataclass(frozen=True)
+class Command:
+    """A program to start.
+
+    Attributes:
+        argv: the program and its arguments.
+        environment: variables set on top of the caller's environment.
+        working_dir: where it runs; the caller's folder when None.
+    """
+
+    argv: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    working_dir: Path | None = None
+
+    def text(self) -> str:
+        """The command as one would type it, for --dry_run and logs. Values of secrets are not shown."""
+        words = [f"{name}={shlex.quote(redacted(name, value))}" for name, value in sorted(self.environment.items())]
+        words += [shlex.quote(word) for word in self.argv]
+        line = " ".join(words)
+        return f"cd {shlex.quote(str(self.working_dir))} && {line}" if self.working_dir else line
+
+
+def redacted(name: str, value: str) -> str:
+    """`value`, or three stars when the variable's name says that it is a secret."""
+    return "***" if _SECRET_NAME.search(name) else value
+
+
+def run(command: Command, *, log: Path | None = None) -> int:
+    """Runs `command`, copies its output to this terminal and to `log`, and returns its true exit code.
+
+    SIGINT and SIGTERM go on to the program and all it started; what is still there 30 s later is killed.
+
+    Returns:
+        The program's exit status, or 128 + N when signal N ended it, as shells have it.
+    """
+    child = subprocess.Popen(
+        command.argv,
+        env={**os.environ, **command.environment},
+        cwd=command.working_dir,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # one process group, so that a signal reaches every rank
+    )
+    deadline: list[float] = []
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        deadline.append(time.monotonic() + _GRACE_S)
+        _signal_group(child, number)
+        signal.setitimer(signal.ITIMER_REAL, _GRACE_S)
+
+    def kill(_number: int, _frame: FrameType | None) -> None:
+        _signal_group(child, signal.SIGKILL)
+
+    handlers = {signal.SIGINT: pass_on, signal.SIGTERM: pass_on, signal.SIGALRM: kill}
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        _copy_output(child, log)
+        return_code = child.wait()
+    except BaseException:
+        _signal_group(child, signal.SIGKILL)
+        child.wait()
+        raise
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    _signal_group(child, signal.SIGKILL)  # nothing it started outlives it
+    return return_code if return_code >= 0 else 128 - return_code
+
+
+def capture(command: Command, *, timeout_s: float = 60.0) -> tuple[int, str]:
+    """Runs a short command and returns its exit status and everything it printed; 127 when it does not exist."""
+    try:
+        done = subprocess.run(
+            command.argv,
+            env={**os.environ, **command.environment},
+            cwd=command.working_dir,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=timeout_s,
+            check=False,
+        )
+    except FileNotFoundError:
+        return 127, f"{command.argv[0]}: not found"
+    except subprocess.TimeoutExpired as late:
+        return 124, (late.stdout or b"").decode(errors="replace") + f"\n{command.argv[0]}: no answer in {timeout_s} s"
+    return done.returncode, done.stdout.decode(errors="replace")
+
+
+def _copy_output(child: subprocess.Popen[bytes], log: Path | None) -> None:
+    assert child.stdout is not None
+    with contextlib.ExitStack() as stack:
+        sinks = [sys.stdout.buffer if hasattr(sys.stdout, "buffer") else None]
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            sinks.append(stack.enter_context(log.open("ab")))
+        while chunk := os.read(child.stdout.fileno(), 65536):
+            for sink in sinks:
+                if sink is None:  # a test has replaced stdout by a text buffer
+                    sys.stdout.write(chunk.decode(errors="replace"))
+                else:
+                    sink.write(chunk)
+                    sink.flush()
+
+
+def _signal_group(child: subprocess.Popen[bytes], number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.pid, number)
