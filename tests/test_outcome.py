@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from train import outcome
+from train.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_NON_FINITE_LOSS, NonFiniteLossError, UserError
+
+
+def test_the_first_report_stays(tmp_path: Path) -> None:
+    file = tmp_path / "deep" / "outcome.json"
+    outcome.write(file, 4, ["the loss is NaN"])
+    outcome.write(file, 1, ["a peer went away"])
+    assert outcome.read(file) == outcome.Outcome(4, ("the loss is NaN",))
+    assert [entry.name for entry in file.parent.iterdir()] == ["outcome.json"]
+
+
+def test_no_report(tmp_path: Path) -> None:
+    assert outcome.read(tmp_path / "outcome.json") is None
+
+
+def test_a_rank_reports_what_the_user_must_know(tmp_path: Path) -> None:
+    file = tmp_path / "outcome.json"
+
+    def fail() -> None:
+        raise NonFiniteLossError("step 3: the loss is nan")
+
+    assert outcome.record(file, fail) == EXIT_NON_FINITE_LOSS
+    with pytest.raises(UserError, match="step 3") as caught:
+        outcome.check(file, 1, log=tmp_path / "log")
+    assert caught.value.exit_code == EXIT_NON_FINITE_LOSS
+
+
+def test_only_the_leading_rank_reports_success(tmp_path: Path) -> None:
+    file = tmp_path / "outcome.json"
+    assert outcome.record(file, lambda: None, leads=False) == 0
+    assert outcome.read(file) is None
+    assert outcome.record(file, lambda: None) == 0
+    outcome.check(file, 0, log=tmp_path / "log")
+
+
+def test_our_own_mistakes_keep_their_traceback(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError):
+        outcome.record(tmp_path / "outcome.json", lambda: print(1 // 0))
+    assert outcome.read(tmp_path / "outcome.json") is None
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "code"),
+    [
+        (1, "broke off with status 1", EXIT_FAILURE),
+        (137, "broke off with status 137", EXIT_FAILURE),
+        (130, "interrupted", EXIT_INTERRUPTED),
+        (143, "interrupted", EXIT_INTERRUPTED),
+        (0, "without saying how", EXIT_FAILURE),
+    ],
+)
+def test_a_run_without_report_is_never_taken_for_success(tmp_path: Path, status: int, message: str, code: int) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        outcome.check(tmp_path / "outcome.json", status, log=tmp_path / "the.log")
+    assert caught.value.exit_code == code
+
+
+def test_a_failed_command_is_not_hidden_by_an_earlier_success(tmp_path: Path) -> None:
+    file = tmp_path / "outcome.json"
+    outcome.write(file, 0)
+    with pytest.raises(UserError, match="status 1"):
+        outcome.check(file, 1, log=tmp_path / "log")

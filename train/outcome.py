@@ -1,0 +1,101 @@
+"""How a run of several processes ended, told by the processes themselves.
+
+torchrun and its like turn every child's exit status into 1, so the true one travels in a small file: each rank calls
+`write`, the launcher calls `check` once the command is over.
+
+    in a rank:     return outcome.record(folder / "outcome.json", lambda: train(settings))
+    the launcher:  outcome.check(folder / "outcome.json", process.run(command, log=log), log=log)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from train.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, UserError
+
+_SIGNALS_OF_THE_USER = (130, 143)  # 128 + SIGINT, 128 + SIGTERM
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a rank reported.
+
+    Attributes:
+        exit_code: one of `train.errors`.
+        problems: messages for the user, empty when all went well.
+    """
+
+    exit_code: int
+    problems: tuple[str, ...]
+
+
+def write(path: Path, exit_code: int, problems: Iterable[str] = ()) -> None:
+    """Reports an end. Any rank may call it at any time: the first report stays, as it names the cause.
+
+    Ranks that fail later mostly fail because the first one did.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    own = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
+    own.write_text(json.dumps({"exit_code": exit_code, "problems": list(problems)}) + "\n", encoding="utf-8")
+    try:
+        with contextlib.suppress(FileExistsError):
+            os.link(own, path)
+    finally:
+        own.unlink()
+
+
+def read(path: Path) -> Outcome | None:
+    """The report, or None when no rank left one."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return Outcome(record["exit_code"], tuple(record["problems"]))
+
+
+def record(path: Path, body: Callable[[], None], *, leads: bool = True) -> int:
+    """Runs `body` in a rank, reports how it ended, and returns the exit code. Other exceptions keep their traceback.
+
+    Args:
+        path: where the report goes.
+        body: the work of this rank.
+        leads: whether this rank (the first one) also reports success.
+    """
+    try:
+        body()
+    except UserError as error:
+        write(path, error.exit_code, error.problems)
+        return error.exit_code
+    if leads:
+        write(path, EXIT_OK)
+    return EXIT_OK
+
+
+def check(path: Path, exit_status: int, *, log: Path) -> None:
+    """Returns when a run went well; otherwise says why it did not, with the true exit code.
+
+    Args:
+        path: the ranks' report. Remove an old one before the run starts.
+        exit_status: what the launching command returned.
+        log: the file that holds what the ranks printed.
+
+    Raises:
+        UserError: a rank reported a failure, the command failed, or it ended without any report.
+    """
+    outcome = read(path)
+    if outcome is not None and outcome.exit_code != EXIT_OK:
+        raise UserError(outcome.problems, exit_code=outcome.exit_code)
+    if exit_status in _SIGNALS_OF_THE_USER:
+        raise UserError("interrupted: the same command goes on from the last checkpoint.", exit_code=EXIT_INTERRUPTED)
+    if exit_status != EXIT_OK:
+        raise UserError(
+            f"training broke off with status {exit_status}: the traceback is above, and in {log}.",
+            exit_code=EXIT_FAILURE,
+        )
+    if outcome is None:
+        raise UserError(f"training ended without saying how: see {log}.", exit_code=EXIT_FAILURE)
