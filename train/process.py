@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from train import outputs
+
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|API_KEY|CREDENTIAL", re.IGNORECASE)
 _GRACE_S = 30.0  # what a child gets between our signal and SIGKILL: long enough for the last log lines
 
@@ -32,11 +34,13 @@ class Command:
         argv: the program and its arguments.
         environment: variables set on top of the caller's environment.
         working_dir: where it runs; the caller's folder when None.
+        files: rendered files it reads, written just before it starts.
     """
 
     argv: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
     working_dir: Path | None = None
+    files: Mapping[Path, str] = field(default_factory=dict)
 
     def text(self) -> str:
         """The command as one would type it, for --dry_run and logs. Values of secrets are not shown."""
@@ -59,6 +63,8 @@ def run(command: Command, *, log: Path | None = None) -> int:
     Returns:
         The program's exit status, or 128 + N when signal N ended it, as shells have it.
     """
+    for file, text in command.files.items():
+        outputs.write_text(file, text)
     child = subprocess.Popen(
         command.argv,
         env={**os.environ, **command.environment},

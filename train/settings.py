@@ -101,6 +101,7 @@ def parse(
     leaves = {leaf.name: leaf for leaf in _leaves(cls)}
     parser = _Parser(
         prog=program,
+        usage=f"{program} {'[--recipe RECIPE] ' if recipe_dir else ''}[--FLAG VALUE ...]",
         description=description,
         epilog=f"example:\n  {example}" if example else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -136,7 +137,7 @@ def build(cls: type[Settings], given: Mapping[str, Any]) -> Settings:
     refuse(_unknown_keys(cls, given, where="settings"))
     paths = {leaf.path: leaf for leaf in _leaves(cls)}
     try:
-        built = TypeAdapter(cls).validate_python(given)
+        built = TypeAdapter(cls).validate_python(_with_all_sections(cls, given))
     except ValidationError as error:
         raise UserError(_type_problem(item, paths) for item in error.errors(include_url=False)) from None
     refuse(_choice_problems(built, paths))
@@ -281,6 +282,13 @@ def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     tree[path[-1]] = value
 
 
+def _with_all_sections(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given` with an empty section for each absent one, so that what is missing is named setting by setting."""
+    hints = typing.get_type_hints(cls)
+    sections = [field.name for field in dataclasses.fields(cls) if dataclasses.is_dataclass(hints[field.name])]  # type: ignore[arg-type]
+    return {**given, **{name: _with_all_sections(hints[name], given.get(name) or {}) for name in sections}}
+
+
 def _unknown_keys(cls: type, given: Mapping[str, Any], *, where: str) -> Iterator[str]:
     hints = typing.get_type_hints(cls, include_extras=True)
     fields = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -288,10 +296,10 @@ def _unknown_keys(cls: type, given: Mapping[str, Any], *, where: str) -> Iterato
         if key not in fields:
             yield f"{where}: " + _unknown_message(str(key), sorted(fields), "")
         elif dataclasses.is_dataclass(hints[key]):
-            if not isinstance(value, Mapping):
+            if value is not None and not isinstance(value, Mapping):
                 yield f"{where}: {key} is a section and holds settings, not {value!r}."
             else:
-                yield from _unknown_keys(typing.cast(type, hints[key]), value, where=f"{where}: {key}")
+                yield from _unknown_keys(typing.cast(type, hints[key]), value or {}, where=f"{where}: {key}")
 
 
 def _stray_words(words: Sequence[str], known: Sequence[str]) -> Iterator[str]:

@@ -1,0 +1,108 @@
+"""The one owner of a pretraining run's file names. Watching, resuming and converting need nothing but these.
+
+output_model_dir/
+    checkpoint/JOB/global_stepN/     whole checkpoints; `latest` names the newest
+    manifest/JOB.json                what ran, and what came out
+    recipe/JOB.yaml                  the resolved recipe: running that file again gives the same run
+    metrics/JOB.jsonl                one JSON object per progress line
+    deepspeed_config/JOB.json        rendered from the recipe
+    log/JOB_HOST_TIME.log            everything the ranks printed
+    tensorboard/JOB/
+    wandb/
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train import outputs
+
+_STEP = re.compile(r"global_step(\d+)")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names of one run's files.
+
+    Attributes:
+        root: the folder that --output_model_dir names.
+        job_name: the run's name inside it.
+    """
+
+    root: Path
+    job_name: str
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        return self.root / "checkpoint" / self.job_name
+
+    @property
+    def manifest(self) -> Path:
+        return self.root / "manifest" / f"{self.job_name}.json"
+
+    @property
+    def recipe(self) -> Path:
+        return self.root / "recipe" / f"{self.job_name}.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics" / f"{self.job_name}.jsonl"
+
+    @property
+    def deepspeed_config(self) -> Path:
+        return self.root / "deepspeed_config" / f"{self.job_name}.json"
+
+    @property
+    def tensorboard_dir(self) -> Path:
+        return self.root / "tensorboard" / self.job_name
+
+    @property
+    def outcome(self) -> Path:
+        """Where the ranks say how the run ended, for the launcher to read (`train.outcome`)."""
+        return self.root / "log" / f"{self.job_name}.outcome.json"
+
+    @property
+    def extensions_dir(self) -> Path:
+        """Where DeepSpeed compiles its ops: the run's own, so that a killed build cannot hang another run."""
+        return self.root / "torch_extensions"
+
+    def log(self, host: str, time: str) -> Path:
+        return self.root / "log" / f"{self.job_name}_{host}_{time}.log"
+
+    def step_dir(self, step: int) -> Path:
+        return self.checkpoint_dir / f"global_step{step}"
+
+    def latest_step(self) -> int | None:
+        """The newest whole checkpoint's step, from the folders themselves: a `latest` file may be behind."""
+        steps = [step for step, _ in whole_checkpoints(self.checkpoint_dir)]
+        return max(steps, default=None)
+
+    def write_latest(self, step: int) -> None:
+        """Points `latest` at a checkpoint that is whole."""
+        outputs.write_text(self.checkpoint_dir / "latest", f"global_step{step}")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All progress lines so far; a last line that is still being written is left out."""
+        if not self.metrics.is_file():
+            return []
+        lines = self.metrics.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:-1] if line]
+
+
+def whole_checkpoints(checkpoint_dir: Path) -> Iterator[tuple[int, Path]]:
+    """The finished `global_stepN` folders of a job, in rising order of N."""
+    if not checkpoint_dir.is_dir():
+        return
+    found = ((_STEP.fullmatch(folder.name), folder) for folder in checkpoint_dir.iterdir() if folder.is_dir())
+    yield from sorted((int(match[1]), folder) for match, folder in found if match)
+
+
+def of_checkpoint(step_dir: Path) -> RunFolder | None:
+    """The run that a `global_stepN` folder belongs to, or None when it stands alone."""
+    job_dir = step_dir.absolute().parent
+    return RunFolder(job_dir.parent.parent, job_dir.name) if job_dir.parent.name == "checkpoint" else None
