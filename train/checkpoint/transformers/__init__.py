@@ -1,0 +1,1 @@
+"""Checkpoints of the transformers engine, which are Hugging Face folders with training state beside them."""
