@@ -104,21 +104,28 @@ def run(command: Command, *, log: Path | None = None) -> int:
 def capture(command: Command, *, timeout_s: float = 60.0) -> tuple[int, str]:
     """Runs a short command and returns its exit status and everything it printed; 127 when it does not exist."""
     try:
-        done = subprocess.run(
+        child = subprocess.Popen(
             command.argv,
             env={**os.environ, **command.environment},
             cwd=command.working_dir,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            timeout=timeout_s,
-            check=False,
+            start_new_session=True,  # git's transport, a child of a child, must not keep us waiting beyond the time
         )
     except FileNotFoundError:
         return 127, f"{command.argv[0]}: not found"
-    except subprocess.TimeoutExpired as late:
-        return 124, (late.stdout or b"").decode(errors="replace") + f"\n{command.argv[0]}: no answer in {timeout_s} s"
-    return done.returncode, done.stdout.decode(errors="replace")
+    try:
+        text, _ = child.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        _signal_group(child, signal.SIGKILL)
+        text, _ = child.communicate()
+        return 124, text.decode(errors="replace") + f"\n{command.argv[0]}: no answer in {timeout_s} s"
+    except BaseException:
+        _signal_group(child, signal.SIGKILL)
+        child.wait()
+        raise
+    return child.returncode, text.decode(errors="replace")
 
 
 def _copy_output(child: subprocess.Popen[bytes], log: Path | None) -> None:

@@ -1,0 +1,107 @@
+"""What Megatron-DeepSpeed needs to run on today's libraries: a list of small patches, applied in memory in each rank.
+
+    outcomes = apply_all(Run(...), disabled_names(os.environ))
+
+Each patch has a name, a reason and the versions it is for, decides itself whether it is needed here, and is switched
+off by naming it in TRAIN_DISABLED_PATCHES (comma-separated). Upstream's files are never edited.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from train.errors import UserError
+
+DISABLED_VARIABLE = "TRAIN_DISABLED_PATCHES"
+
+# Stand-ins for absent modules come first: the others import upstream's code.
+_MODULES = (
+    "deepspeed_compression",
+    "torchvision_absent",
+    "dataset_helpers",
+    "environment_report",
+    "cpu_layer_norm",
+    "contiguous_attention",
+    "golden_logits",
+    "whole_checkpoints",
+    "progress_lines",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the patches have to know of the run they are in.
+
+    Attributes:
+        metrics: the file that receives progress lines; None writes none.
+        train_steps: optimizer steps of the whole run.
+        tokens_per_step: tokens of one step over all ranks.
+        keep_last: checkpoints to keep; 0 keeps all.
+    """
+
+    metrics: Path | None = None
+    train_steps: int = 1
+    tokens_per_step: int = 1
+    keep_last: int = 0
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One change to upstream's behaviour.
+
+    Attributes:
+        name: what TRAIN_DISABLED_PATCHES calls it.
+        reason: what goes wrong without it.
+        affected: the versions or machines it is for.
+        apply: changes upstream in memory; returns what it replaced, or "" when nothing had to be.
+    """
+
+    name: str
+    reason: str
+    affected: str
+    apply: Callable[[Run], str]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one patch in this process."""
+
+    patch: Patch
+    state: str  # "applied", "not needed" or "switched off"
+    detail: str
+
+
+def all_patches() -> tuple[Patch, ...]:
+    """Every patch, in the order in which they are applied."""
+    return tuple(importlib.import_module(f"{__name__}.{name}").PATCH for name in _MODULES)
+
+
+def disabled_names(environment: Mapping[str, str]) -> frozenset[str]:
+    """The patches that TRAIN_DISABLED_PATCHES switches off.
+
+    Raises:
+        UserError: a name is not a patch.
+    """
+    names = frozenset(name.strip() for name in environment.get(DISABLED_VARIABLE, "").split(",") if name.strip())
+    known = {patch.name for patch in all_patches()}
+    if names - known:
+        raise UserError(
+            f"{DISABLED_VARIABLE}: no patch is called {', '.join(sorted(names - known))}; "
+            f"there are {', '.join(sorted(known))}."
+        )
+    return names
+
+
+def apply_all(run: Run, disabled: frozenset[str] = frozenset()) -> list[Outcome]:
+    """Applies every patch that is needed and not switched off, and says what became of each."""
+    outcomes = []
+    for patch in all_patches():
+        if patch.name in disabled:
+            outcomes.append(Outcome(patch, "switched off", ""))
+            continue
+        detail = patch.apply(run)
+        outcomes.append(Outcome(patch, "applied" if detail else "not needed", detail))
+    return outcomes

@@ -1,0 +1,116 @@
+"""The training engine's own logits for a fixed input, saved with every checkpoint: what an export has to reproduce.
+
+File `golden_logits.safetensors` in `global_stepN`: `input_ids` int64 [1, n], `logits` float32 [1, n, padded vocabulary].
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from train.engine.megatron_deepspeed.patches import Patch, Run
+
+FILE_NAME = "golden_logits.safetensors"
+_POSITIONS = 32  # 32 positions of a 128,000-token vocabulary are 16 MB
+_SEED = 20240415
+
+
+def input_ids(vocab_size: int, end_of_document: int, batch_size: int, length: int) -> Any:
+    """Token ids [batch_size, length], the same on every rank and every time, without an end of document.
+
+    An end of document inside would, under --reset-attention-mask, hide what stands before it.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(_SEED)
+    ids = torch.randint(vocab_size, (batch_size, length), generator=generator)
+    return torch.where(ids == end_of_document, (ids + 1) % vocab_size, ids)
+
+
+def record(engine: Any, folder: Path) -> None:
+    """Computes the logits of the live model and writes them into `folder`. Every rank has to call it."""
+    import torch
+    from megatron import get_args, get_tokenizer
+    from megatron.core import mpu
+
+    args, tokenizer = get_args(), get_tokenizer()
+    # one token more than the model sees: upstream cuts the labels from the same sequence
+    tokens = input_ids(tokenizer.vocab_size, tokenizer.eod, args.micro_batch_size, args.seq_length + 1)
+    positions = min(_POSITIONS, args.seq_length)
+    was_training = engine.module.training
+    with torch.no_grad():
+        part = _pipeline_logits(engine, tokens) if _is_pipeline(engine) else _plain_logits(engine, tokens)
+    engine.module.train(was_training)
+    if part is None:  # not the last pipeline stage
+        return
+    part = part[:positions, 0].float().contiguous()
+    logits = _gathered(part, mpu.get_tensor_model_parallel_group())
+    if mpu.get_data_parallel_rank() == 0 and mpu.get_tensor_model_parallel_rank() == 0:
+        from safetensors.torch import save_file
+
+        save_file(
+            {"input_ids": tokens[:1, :positions].contiguous(), "logits": logits[None].cpu().contiguous()},
+            str(folder / FILE_NAME),
+        )
+
+
+def _is_pipeline(engine: Any) -> bool:
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+    return isinstance(engine, PipelineEngine)
+
+
+def _pipeline_logits(engine: Any, tokens: Any) -> Any:
+    """This tensor rank's part of the logits, [sequence, batch, vocabulary part]; None before the last stage."""
+    _, logits = engine.eval_batch(
+        iter([{"text": tokens}]), return_logits=True, bcast_loss=False, reduce_output=None, num_micro_batches=1
+    )
+    return logits
+
+
+def _plain_logits(engine: Any, tokens: Any) -> Any:
+    """The same from an engine without pipeline module, whose output is [batch, sequence, vocabulary part]."""
+    from deepspeed.accelerator import get_accelerator
+    from megatron import get_args, get_tokenizer
+    from megatron.utils import get_ltor_masks_and_position_ids
+
+    tokens = tokens[:, :-1].to(get_accelerator().current_device_name())
+    engine.module.eval()
+    mask, _, positions = get_ltor_masks_and_position_ids(
+        tokens, get_tokenizer().eod, False, False, False, get_args().use_flash_attn
+    )
+    output = engine.module(tokens, positions, mask)
+    return (output[0] if isinstance(output, tuple) else output).transpose(0, 1)
+
+
+def _gathered(part: Any, group: Any) -> Any:
+    import torch
+
+    parts = [torch.empty_like(part) for _ in range(torch.distributed.get_world_size(group=group))]
+    torch.distributed.all_gather(parts, part, group=group)
+    return torch.cat(parts, dim=-1)
+
+
+def _apply(_run: Run) -> str:
+    from deepspeed import DeepSpeedEngine
+
+    save_checkpoint = DeepSpeedEngine.save_checkpoint
+
+    @functools.wraps(save_checkpoint)
+    def save_with_logits(self: Any, save_dir: str, tag: str | None = None, *others: Any, **options: Any) -> Any:
+        tag = tag or f"global_step{self.global_steps}"
+        saved = save_checkpoint(self, save_dir, tag, *others, **options)
+        record(self, Path(save_dir) / tag)
+        return saved
+
+    DeepSpeedEngine.save_checkpoint = save_with_logits
+    return f"DeepSpeedEngine.save_checkpoint: writes {FILE_NAME} too"
+
+
+PATCH = Patch(
+    name="golden-logits",
+    reason="nothing in a checkpoint says how its weights are laid out; the engine's own logits prove an export",
+    affected="all upstream versions",
+    apply=_apply,
+)

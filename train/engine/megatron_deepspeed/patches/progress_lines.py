@@ -1,0 +1,114 @@
+"""Progress lines as all engines here write them, and the end of a run whose loss is no number."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from train.engine.megatron_deepspeed.patches import Patch, Run
+from train.errors import NonFiniteLossError
+from train.monitor.progress import Progress
+
+
+def loss_of(losses: Mapping[str, Any]) -> float:
+    """The training loss among what upstream hands to its log."""
+    value = losses["lm loss"] if "lm loss" in losses else losses["loss"]
+    return float(value.mean()) if hasattr(value, "mean") else float(value)
+
+
+def refuse_non_finite(loss: float, step: int, checkpoint_dir: str | None) -> None:
+    """Raises `NonFiniteLossError`, naming the last good checkpoint, when the loss is NaN or infinite."""
+    if math.isfinite(loss):
+        return
+    latest = Path(checkpoint_dir) / "latest" if checkpoint_dir else None
+    if latest is not None and latest.is_file():
+        good = f"the last good checkpoint is {latest.parent / latest.read_text(encoding='utf-8').strip()}"
+    else:
+        good = "no checkpoint was saved before"
+    raise NonFiniteLossError(
+        f"the loss became {loss} at step {step:,}; {good}: lower --lr, or train with --precision bf16 instead of fp16."
+    )
+
+
+def _apply(run: Run) -> str:
+    import torch
+    from megatron import get_args, training
+
+    training_log, evaluate_and_print = training.training_log, training.evaluate_and_print_results
+    since_last_line: list[float] = []
+    state: dict[str, Progress] = {}
+
+    @functools.wraps(training_log)
+    def log(losses: Any, total: Any, lr: Any, step: int, *others: Any, **options: Any) -> Any:
+        args = get_args()
+        skipped, grad_norm = others[2], others[3]
+        loss = loss_of(losses)
+        if not skipped:  # fp16 lowers its scale and goes on
+            refuse_non_finite(loss, step, args.save)
+            since_last_line.append(loss)
+        result = training_log(losses, total, lr, step, *others, **options)
+        is_due = step % args.log_interval == 0 or step in (1, args.train_iters)
+        if is_due and since_last_line:
+            if run.metrics is not None and torch.distributed.get_rank() == 0:
+                mean = sum(since_last_line) / len(since_last_line)
+                norm = None if grad_norm is None else float(grad_norm)
+                _progress(step - 1).train(step, loss=mean, lr=float(lr or 0.0), grad_norm=norm)
+            since_last_line.clear()
+        return result
+
+    @functools.wraps(evaluate_and_print)
+    def evaluate(prefix: str, forward_step: Any, data: Any, model: Any, step: int, *others: Any, **options: Any) -> Any:
+        measured: list[Any] = []
+        original = training.evaluate
+
+        def listen(*inner: Any, **inner_options: Any) -> Any:
+            result = original(*inner, **inner_options)
+            measured.append(result[0])
+            return result
+
+        training.evaluate = listen
+        try:
+            result = evaluate_and_print(prefix, forward_step, data, model, step, *others, **options)
+        finally:
+            training.evaluate = original
+        if measured and not options.get("test"):
+            loss = _from_last_rank(loss_of(measured[0]) if measured[0] else math.nan)
+            if run.metrics is not None and torch.distributed.get_rank() == 0:
+                _progress(step).evaluation(step, loss=loss)
+        return result
+
+    def _progress(first_step: int) -> Progress:
+        if "it" not in state:
+            assert run.metrics is not None
+            state["it"] = Progress(
+                run.metrics,
+                total_steps=run.train_steps,
+                tokens_per_step=run.tokens_per_step,
+                first_step=first_step,
+            )
+        return state["it"]
+
+    training.training_log = log
+    training.evaluate_and_print_results = evaluate
+    return "megatron.training.training_log and evaluate_and_print_results: progress lines, stop at a non-finite loss"
+
+
+def _from_last_rank(value: float) -> float:
+    """Only the last pipeline stage knows the evaluation loss, and the last rank is always in it."""
+    import torch
+    from deepspeed.accelerator import get_accelerator
+
+    box = get_accelerator().FloatTensor([value])
+    torch.distributed.broadcast(box, src=torch.distributed.get_world_size() - 1)
+    return float(box.item())
+
+
+PATCH = Patch(
+    name="progress-lines",
+    reason="upstream prints its progress for people only, and trains on after the loss has become NaN",
+    affected="all upstream versions",
+    apply=_apply,
+)
