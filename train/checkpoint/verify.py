@@ -1,0 +1,266 @@
+"""Proves a Hugging Face folder by numbers: loads it anew and holds it against what it was made from.
+
+    checks = verify(folder, Source(weights=..., golden_logits=step_dir / "golden_logits.safetensors", ...))
+    verification.write(folder, checks)
+
+Step 3 calls it before a converted folder appears, `verify_model.py` calls it on a folder that is there, and any other
+step that writes a model may.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from train.errors import UserError, VerificationError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LOGITS_MEASURE = "max |difference| / max |golden logits|, computed in float32 from the folder's weights"
+# float32 is 1e-4 by promise. The others are four times the spacing of numbers near 1 in that type: rounding at each
+# of some tens of layers adds up like a random walk and stays below, a wrong layer is off by a tenth and more.
+LOGITS_TOLERANCE = {"float32": 1e-4, "float16": 4 * 2.0**-10, "bfloat16": 4 * 2.0**-7}
+_PROBE_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a model folder is held against; what is None is not compared, and the record says so.
+
+    Attributes:
+        weights: gives (name, tensor) as the source has them, the vocabulary already cut.
+        weights_name: what the weights were read from, for the record.
+        golden_logits: safetensors with `input_ids` int64 [1, n] and `logits` float32 [1, n, vocabulary]; its metadata
+            may name the `dtype` they were computed in.
+        tokenizer_model: the SentencePiece model.
+        parity_texts: texts that both tokenizers must read alike.
+        parity_source: where the texts are from, for the record.
+    """
+
+    weights: Callable[[], Iterator[tuple[str, Tensor]] | None] | None = None
+    weights_name: str = "none: no source was given"
+    golden_logits: Path | None = None
+    tokenizer_model: Path | None = None
+    parity_texts: Sequence[str] = ()
+    parity_source: str = "none"
+
+
+def verify(folder: Path, source: Source) -> dict[str, Any]:
+    """Loads `folder` with transformers and checks weights, logits, tokenizer and configuration.
+
+    Returns:
+        `weights`, `logits`, `tokenizer` and `config`: what was compared with what, and the numbers.
+
+    Raises:
+        VerificationError: something differs; all differences at once.
+        UserError: the folder cannot be loaded at all.
+    """
+    model, tokenizer = load(folder)
+    problems: list[str] = []
+    checks = {
+        "weights": _check_weights(model, source, problems),
+        "logits": _check_logits(model, source, problems),
+        "tokenizer": _check_tokenizer(folder, tokenizer, source, problems),
+        "config": _check_config(model, tokenizer, source, problems),
+    }
+    if problems:
+        raise VerificationError(problems)
+    return checks
+
+
+def load(folder: Path) -> tuple[Any, Any]:
+    """The folder's model, in the type it is stored in and ready to compute, and its tokenizer.
+
+    Raises:
+        UserError: transformers cannot load them.
+        VerificationError: weights are missing, left over or of another shape.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # what matters below is raised
+    logging.disable_progress_bar()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", output_loading_info=True, local_files_only=True
+        )
+        model, info = loaded
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{folder} cannot be loaded: {first_line}") from None
+    wrong = [f"{folder}: {count} weights are {what}" for what, count in _loading_problems(info)]
+    if wrong:
+        raise VerificationError(wrong)
+    return model.eval(), tokenizer
+
+
+def _loading_problems(info: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(key):
+            yield f"{key.removesuffix('_keys')}, first {sorted(map(str, info[key]))[0]}", len(info[key])
+
+
+def _check_weights(model: Any, source: Source, problems: list[str]) -> dict[str, Any]:
+    """What transformers loaded against what the source holds: each tensor, to the last bit of its type."""
+    loaded = dict(model.state_dict())
+    for name, tensor in loaded.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            problems.append(f"{name} holds NaN or infinity: the checkpoint is broken; convert an earlier one.")
+    record: dict[str, Any] = {
+        "compared_with": source.weights_name,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    originals = source.weights() if source.weights is not None else None
+    if originals is None:
+        return record
+    largest, seen, differing = 0.0, set(), []
+    for name, original in originals:
+        seen.add(name)
+        if name not in loaded:
+            problems.append(f"{name} is in the source and not in the loaded model.")
+        elif loaded[name].shape != original.shape:
+            problems.append(f"{name} is {list(loaded[name].shape)}, the source has {list(original.shape)}.")
+        else:
+            difference = float((loaded[name].double() - original.double()).abs().max()) if original.numel() else 0.0
+            largest = max(largest, difference)
+            if difference != 0:  # NaN too
+                differing.append(f"{name} by {difference:.3g}")
+    if differing:
+        problems.append(
+            f"{len(differing)} tensors differ from the source, which they must equal: {differing[0]} at most."
+        )
+    same_storage = {tensor.data_ptr() for name, tensor in loaded.items() if name in seen}
+    for name in sorted(set(loaded) - seen):
+        if loaded[name].data_ptr() not in same_storage:  # a tied head shares the embedding's memory
+            problems.append(f"{name} is in the loaded model and not in the source.")
+    return record | {"tensors": len(seen), "max_abs_difference": largest}
+
+
+def _check_logits(model: Any, source: Source, problems: list[str]) -> dict[str, Any]:
+    import torch
+
+    vocab_size = model.config.vocab_size
+    if source.golden_logits is None:
+        with torch.no_grad():
+            logits = model.float()(torch.arange(min(_PROBE_TOKENS, vocab_size)).unsqueeze(0)).logits
+        if not bool(logits.isfinite().all()):
+            problems.append("the model's logits hold NaN or infinity: convert an earlier checkpoint.")
+        return {"compared_with": "none: the source has no golden logits", "finite": bool(logits.isfinite().all())}
+
+    input_ids, golden, computed_in = read_golden_logits(source.golden_logits)
+    dtype = computed_in or str(model.dtype).removeprefix("torch.")
+    record: dict[str, Any] = {
+        "compared_with": f"{source.golden_logits.name} of the training process",
+        "measure": LOGITS_MEASURE,
+        "tokens": input_ids.numel(),
+        "golden_dtype": dtype,
+        "tolerance": LOGITS_TOLERANCE.get(dtype, LOGITS_TOLERANCE["float32"]),
+    }
+    if int(input_ids.max()) >= vocab_size or golden.shape[-1] < vocab_size:
+        problems.append(
+            f"the golden logits are of {golden.shape[-1]} pieces, the model of {vocab_size}: wrong tokenizer?"
+        )
+        return record
+    with torch.no_grad():
+        logits = model.float()(input_ids).logits.double()
+    golden = golden[..., :vocab_size].double()
+    difference = float((logits - golden).abs().max() / golden.abs().max())
+    record |= {"relative_difference": difference, "finite": bool(logits.isfinite().all())}
+    if not difference <= record["tolerance"]:  # NaN is no pass
+        problems.append(
+            f"the logits differ from the training process's own by {difference:.3g}, "
+            f"{record['tolerance']:.3g} is allowed ({LOGITS_MEASURE})."
+        )
+    return record
+
+
+def read_golden_logits(file: Path) -> tuple[Tensor, Tensor, str | None]:
+    """`input_ids` [1, n], `logits` [1, n, vocabulary], and the type they were computed in when the file says so.
+
+    Raises:
+        UserError: the file is damaged or lacks one of them.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as stored:
+            input_ids, logits = stored.get_tensor("input_ids"), stored.get_tensor("logits")
+            dtype = (stored.metadata() or {}).get("dtype")
+    except SafetensorError as error:
+        raise UserError(f"{file} is damaged ({error}): choose another checkpoint.") from None
+    if input_ids.ndim != 2 or logits.shape[:2] != input_ids.shape or input_ids.numel() == 0:
+        shapes = f"input_ids {list(input_ids.shape)} and logits {list(logits.shape)}"
+        raise UserError(
+            f"{file} holds {shapes}, [1, n] and [1, n, vocabulary] were expected: choose another checkpoint."
+        )
+    return input_ids, logits, dtype.removeprefix("torch.") if dtype else None
+
+
+def _check_tokenizer(folder: Path, tokenizer: Any, source: Source, problems: list[str]) -> dict[str, Any]:
+    record: dict[str, Any] = {"vocab_size": len(tokenizer), "compared_with": "none: no SentencePiece model was given"}
+    if source.tokenizer_model is None:
+        return record
+    from train.tokenizer.parity import check_parity
+
+    report = check_parity(source.tokenizer_model, folder, source.parity_texts)
+    if report.mismatches:
+        problems.append(f"the converted tokenizer differs from {source.tokenizer_model.name}: {report.summary()}")
+    return record | {
+        "compared_with": source.tokenizer_model.name,
+        "texts": len(source.parity_texts),
+        "texts_from": source.parity_source,
+        "mismatches": report.mismatches,
+    }
+
+
+def _check_config(model: Any, tokenizer: Any, source: Source, problems: list[str]) -> dict[str, Any]:
+    """Special tokens and sizes: configuration, generation configuration and tokenizer must say the same."""
+    config, generation = model.config, model.generation_config
+    record: dict[str, Any] = {"vocab_size": config.vocab_size}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        in_tokenizer, in_config, in_generation = (
+            getattr(tokenizer, name),
+            getattr(config, name),
+            getattr(generation, name),
+        )
+        stops = in_generation if isinstance(in_generation, list) else [in_generation]
+        record[name] = in_tokenizer
+        if in_tokenizer != in_config or in_tokenizer not in stops:
+            problems.append(
+                f"{name} is {in_tokenizer} in the tokenizer, {in_config} in config.json and {in_generation} in "
+                "generation_config.json: they must agree."
+            )
+    record["generation_eos_token_id"] = generation.eos_token_id
+    rows = model.get_input_embeddings().weight.shape[0]
+    is_exact = source.tokenizer_model is not None  # padded embeddings are usual elsewhere; ours are cut
+    if rows != config.vocab_size or len(tokenizer) > rows or (is_exact and len(tokenizer) != rows):
+        problems.append(
+            f"the tokenizer has {len(tokenizer)} pieces, the embedding {rows} rows, config.json says "
+            f"{config.vocab_size}: they must agree."
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    record |= {"model_max_length": tokenizer.model_max_length, "max_position_embeddings": positions}
+    if positions is not None and is_exact and tokenizer.model_max_length > positions:
+        problems.append(f"the tokenizer allows {tokenizer.model_max_length} tokens, the model {positions} positions.")
+    return record
+
+
+def summary(checks: dict[str, Any]) -> str:
+    """The checks as a few lines for the terminal."""
+    weights, logits, tokenizer = checks["weights"], checks["logits"], checks["tokenizer"]
+    lines = [f"weights    compared with {weights['compared_with']}"]
+    if "max_abs_difference" in weights:
+        lines[0] += f": largest difference {weights['max_abs_difference']:.3g} in {weights['tensors']} tensors"
+    lines.append(f"logits     compared with {logits['compared_with']}")
+    if "relative_difference" in logits:
+        lines[1] += f": {logits['relative_difference']:.3g}, allowed {logits['tolerance']:.3g}"
+    lines.append(f"tokenizer  compared with {tokenizer['compared_with']}")
+    if "mismatches" in tokenizer:
+        lines[2] += f": {tokenizer['mismatches']} mismatches in {tokenizer['texts']} texts ({tokenizer['texts_from']})"
+    return "\n".join(lines)
