@@ -57,6 +57,25 @@ def preparer(engine: str) -> Prepare:
     return prepare_transformers
 
 
+def layout(engine: str) -> Callable[[PretrainRecipe, Allocation], str]:
+    """The function that writes an engine's division of ranks and batch as an equation."""
+    if engine == "megatron-deepspeed":
+        from train.engine.megatron_deepspeed.prepare import layout as layout_megatron
+
+        return layout_megatron
+    from train.engine.transformers.prepare import layout as layout_transformers
+
+    return layout_transformers
+
+
+def commit(engine: str) -> str | None:
+    """The engine's commit, where the installed version does not name it."""
+    from train.engine.megatron_deepspeed import install
+
+    checkout = install.find_checkout() if engine == "megatron-deepspeed" else None
+    return checkout.commit if checkout else None
+
+
 def _objections_to_transformers(recipe: PretrainRecipe) -> list[str]:
     parallel = recipe.parallel
     wrong = [

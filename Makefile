@@ -1,0 +1,40 @@
+# make demo   installs into .venv and runs the five steps on this machine's CPU
+# make test   installs into .venv and runs all tests
+# make lint   ruff, mypy and ShellCheck only
+# make clean  removes .venv and caches, not output/
+SHELL := /usr/bin/env bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.PHONY: help install demo test test-fast lint clean
+
+PYTHON3 ?= python3
+VENV_PYTHON := .venv/bin/python
+
+help:
+	@sed -n 's/^# \(make.*\)/\1/p' Makefile
+
+install: .venv/installed
+
+# --timeout and --retries: a slow mirror is not a failure
+.venv/installed: requirements.txt pyproject.toml
+	@scripts/common/check_python.sh "$(PYTHON3)"
+	@echo "installing into .venv: a few minutes the first time"
+	"$(PYTHON3)" -m venv .venv
+	"$(VENV_PYTHON)" -m pip install --quiet --timeout 60 --retries 10 --requirement requirements.txt
+	"$(VENV_PYTHON)" -m pip install --quiet --no-deps --editable .
+	touch .venv/installed
+
+demo: install
+	@scripts/common/demo.sh
+
+test: install
+	@"$(VENV_PYTHON)" -m pytest -n 2 --dist loadgroup
+
+test-fast: install
+	@"$(VENV_PYTHON)" -m pytest -n 2 --dist loadgroup -m "not slow"
+
+lint: install
+	@"$(VENV_PYTHON)" -m pytest tests/test_lint.py
+
+clean:
+	rm -rf .venv build ./*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,63 @@
+"""The transformers engine's launch: torchrun on this machine, one worker per rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+from train import settings
+from train.cluster.allocation import Allocation
+from train.engine.transformers.deepspeed_config import deepspeed_config
+from train.errors import refuse
+from train.process import Command
+from train.recipe import PretrainRecipe
+from train.run_folder import RunFolder
+
+
+def prepare(recipe: PretrainRecipe, allocation: Allocation, run_folder: RunFolder) -> Command:
+    """The command that trains `recipe` on `allocation`, with the files it reads.
+
+    Raises:
+        UserError: batch and ranks do not fit each other.
+    """
+    refuse(problems(recipe, allocation))
+    files = {run_folder.recipe: settings.to_yaml(recipe)}
+    config = deepspeed_config(recipe, allocation)
+    if config is not None:
+        files[run_folder.deepspeed_config] = json.dumps(config, indent=2) + "\n"
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    argv += ["--nproc_per_node", str(allocation.processes_per_host)]
+    argv += ["-m", "train.engine.transformers.worker", "--recipe", str(run_folder.recipe)]
+    environment = {
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_EXTENSIONS_DIR": str(run_folder.extensions_dir.absolute()),
+    }
+    if allocation.device == "cpu":
+        threads = max(1, (os.cpu_count() or 1) // allocation.processes_per_host)
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
+    return Command(tuple(argv), environment, files=files)
+
+
+def layout(recipe: PretrainRecipe, allocation: Allocation) -> str:
+    """How ranks and batch divide, as an equation."""
+    training, world = recipe.training, allocation.world_size
+    steps = (training.global_batch_size or 0) / (training.micro_batch_size * world)
+    return (
+        f"world size {world} = {world} data parallel; global batch {training.global_batch_size} ="
+        f" {training.micro_batch_size} micro batch x {world} ranks x {steps:g} accumulation steps"
+    )
+
+
+def problems(recipe: PretrainRecipe, allocation: Allocation) -> list[str]:
+    """What does not fit between batch and ranks."""
+    training = recipe.training
+    per_pass = training.micro_batch_size * allocation.world_size
+    assert training.global_batch_size is not None
+    if training.global_batch_size % per_pass:
+        return [
+            f"--global_batch_size {training.global_batch_size} is not a multiple of --micro_batch_size"
+            f" {training.micro_batch_size} x {allocation.world_size} ranks = {per_pass}: change one of them."
+        ]
+    return []

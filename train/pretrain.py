@@ -1,0 +1,227 @@
+"""Step 2's launch: check everything, start the engine, tell the truth about how it ended.
+
+    pretrain(settings.parse(PretrainRecipe, argv, ...))
+
+Called again, it goes on from the newest whole checkpoint; when nothing is left to do it says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from train import manifest, outcome, process, settings
+from train.cluster import allocation as allocations
+from train.cluster.allocation import Allocation
+from train.engine import choose
+from train.errors import UserError, refuse
+from train.monitor import progress, wandb_run
+from train.recipe import PretrainRecipe
+from train.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from train.data.blend import BlendPart
+
+STEP = "pretrain_model"
+_CURVE_POINTS = 100
+
+
+def pretrain(recipe: PretrainRecipe) -> int:
+    """Trains `recipe`, or with --dry_run prints what would run."""
+    recipe = _with_wandb_group(recipe.resolved())
+    assert recipe.checkpoint.job_name is not None
+    run_folder = RunFolder(recipe.checkpoint.output_model_dir.absolute(), recipe.checkpoint.job_name)
+    if recipe.dry_run:
+        return _dry_run(recipe, run_folder)
+    started = time.time()
+    parts = check_data(recipe)
+    if recipe.overwrite:
+        _remove(run_folder)
+    if _is_done(recipe, run_folder, parts):
+        print(f"{run_folder.manifest} is there for the same recipe and data: nothing to do (--overwrite starts again).")
+        return 0
+    engine, reason = choose.choose(recipe)
+    allocation = allocations.find(num_processes=recipe.parallel.num_processes, device=recipe.parallel.device)
+    check_resume(recipe, run_folder, allocation)
+    command = choose.preparer(engine)(recipe, allocation, run_folder)
+    _announce(recipe, engine, reason, allocation, run_folder)
+    _describe_blend(parts, recipe.training.train_tokens)
+    progress.cut_after(run_folder.metrics, run_folder.latest_step() or 0)
+    run_folder.outcome.unlink(missing_ok=True)
+    log = run_folder.log(socket.gethostname(), time.strftime("%Y.%m.%d_%H.%M.%S"))
+    exit_status = process.run(command, log=log)
+    outcome.check(run_folder.outcome, exit_status, log=log)
+    results = _results(recipe, engine, allocation, run_folder, parts, command.argv, time.time() - started)
+    manifest.write(
+        run_folder.manifest,
+        step=STEP,
+        settings=settings.to_plain(_comparable(recipe)),
+        inputs=_inputs(recipe, parts),
+        results=results,
+        started=started,
+    )
+    print(f"done: {run_folder.step_dir(recipe.train_steps)}, loss {results['first_loss']} -> {results['last_loss']}")
+    return 0
+
+
+def check_data(recipe: PretrainRecipe) -> tuple[BlendPart, ...]:
+    """Opens tokenizer and data before anything starts.
+
+    Raises:
+        UserError: a file is missing or broken, or the data was made with another tokenizer.
+    """
+    from train.data.blend import read_blend
+
+    tokenizer = recipe.data.input_tokenizer_file
+    if not tokenizer.is_file():
+        raise UserError(f"--input_tokenizer_file {tokenizer} is not a file: name the .model file that step 1 wrote.")
+    parts = read_blend(recipe.data.data_path)
+    refuse(_tokenizer_mismatches(tokenizer, parts))
+    return parts
+
+
+def check_resume(recipe: PretrainRecipe, run_folder: RunFolder, allocation: Allocation) -> None:
+    """Refuses to go on from checkpoints of another model, or of another number of ranks where ZeRO needs the same."""
+    step = run_folder.latest_step()
+    if step is None:
+        return
+    if run_folder.recipe.is_file():
+        before = settings.build(PretrainRecipe, settings.read_yaml(run_folder.recipe))
+        different = [
+            f"{field.name} {getattr(before.model, field.name)} there, {getattr(recipe.model, field.name)} now"
+            for field in dataclasses.fields(recipe.model)
+            if getattr(before.model, field.name) != getattr(recipe.model, field.name)
+        ]
+        if different:
+            raise UserError(
+                f"{run_folder.checkpoint_dir} holds another model ({'; '.join(different)}): choose another --job_name,"
+                " or --overwrite to start again."
+            )
+    shards = list(run_folder.step_dir(step).glob("global_step*/*optim_states.pt"))
+    if recipe.parallel.zero_stage and shards and len(shards) != allocation.world_size:
+        raise UserError(
+            f"{run_folder.step_dir(step)} was saved by {len(shards)} ranks under ZeRO and cannot go on with"
+            f" {allocation.world_size}: use --num_processes {len(shards)}, or --overwrite to start again."
+        )
+
+
+def _dry_run(recipe: PretrainRecipe, run_folder: RunFolder) -> int:
+    engine, reason = choose.choose(recipe)
+    allocation = allocations.find(num_processes=recipe.parallel.num_processes, device=recipe.parallel.device)
+    command = choose.preparer(engine)(recipe, allocation, run_folder)
+    _announce(recipe, engine, reason, allocation, run_folder)
+    for file, text in command.files.items():
+        print(f"\n# {file}\n{text.rstrip()}")
+    print(f"\n{command.text()}")
+    return 0
+
+
+def _announce(recipe: PretrainRecipe, engine: str, reason: str, allocation: Allocation, run_folder: RunFolder) -> None:
+    print(f"engine: {engine} ({reason})")
+    print(f"where: {allocation.reason}")
+    print(f"layout: {choose.layout(engine)(recipe, allocation)}")
+    start = run_folder.latest_step()
+    begin = "from scratch" if start is None else f"goes on from step {start:,}"
+    print(f"job: {run_folder.job_name}, {recipe.train_steps:,} steps of {recipe.tokens_per_step:,} tokens, {begin}")
+
+
+def _describe_blend(parts: Sequence[BlendPart], train_tokens: int) -> None:
+    from train.data.blend import describe_epochs
+
+    print(describe_epochs(parts, train_tokens), flush=True)
+
+
+def _with_wandb_group(recipe: PretrainRecipe) -> PretrainRecipe:
+    """Names the W&B group here, once, so that all nodes land in the same one."""
+    if not recipe.logging.wandb or recipe.logging.wandb_group:
+        return recipe
+    group = wandb_run.group_name("pretrain", recipe.model_name, socket.gethostname())
+    return dataclasses.replace(recipe, logging=dataclasses.replace(recipe.logging, wandb_group=group))
+
+
+def _comparable(recipe: PretrainRecipe) -> PretrainRecipe:
+    """The recipe without what may change between two calls that mean the same run."""
+    logging = dataclasses.replace(recipe.logging, wandb_group=None)
+    return dataclasses.replace(recipe, logging=logging)
+
+
+def _is_done(recipe: PretrainRecipe, run_folder: RunFolder, parts: Sequence[BlendPart]) -> bool:
+    plain = settings.to_plain(_comparable(recipe))
+    same = manifest.is_done(run_folder.manifest, step=STEP, settings=plain, inputs=_inputs(recipe, parts))
+    return same and run_folder.latest_step() == recipe.train_steps
+
+
+def _inputs(recipe: PretrainRecipe, parts: Sequence[BlendPart]) -> list[Path]:
+    indexes = [Path(f"{part.prefix}.idx") for part in parts]
+    return [recipe.data.input_tokenizer_file, *indexes]
+
+
+def _remove(run_folder: RunFolder) -> None:
+    shutil.rmtree(run_folder.checkpoint_dir, ignore_errors=True)
+    shutil.rmtree(run_folder.tensorboard_dir, ignore_errors=True)
+    for file in (run_folder.manifest, run_folder.metrics, run_folder.recipe):
+        file.unlink(missing_ok=True)
+
+
+def _tokenizer_mismatches(tokenizer: Path, parts: Sequence[BlendPart]) -> list[str]:
+    """Data whose manifest names another tokenizer: its ids would mean other pieces."""
+    own = manifest.sha256(tokenizer)
+    wrong = []
+    for part in parts:
+        file = Path(f"{part.prefix}.manifest.json")
+        if file.is_file():
+            theirs = manifest.read(file)["results"].get("tokenizer_sha256")
+            if theirs not in (None, own):
+                wrong.append(
+                    f"{part.prefix} was tokenized with another tokenizer than {tokenizer}: preprocess it again."
+                )
+    return wrong
+
+
+def _results(
+    recipe: PretrainRecipe,
+    engine: str,
+    allocation: Allocation,
+    run_folder: RunFolder,
+    parts: Sequence[BlendPart],
+    argv: Sequence[str],
+    seconds: float,
+) -> dict[str, Any]:
+    """The run in numbers, read from its own metrics."""
+    records = run_folder.read_metrics()
+    curve = [(record["step"], record["loss"]) for record in records if "loss" in record]
+    evaluations = [record for record in records if "eval_loss" in record]
+    every = max(1, -(-len(curve) // _CURVE_POINTS))
+    thinned = curve[::every] + ([curve[-1]] if curve and (len(curve) - 1) % every else [])
+    return {
+        "engine": engine,
+        "engine_commit": choose.commit(engine),
+        "model_name": recipe.model_name,
+        "argv": list(argv),
+        "layout": {
+            "world_size": allocation.world_size,
+            "hosts": len(allocation.hosts),
+            "tensor_parallel_size": recipe.parallel.tensor_parallel_size,
+            "pipeline_parallel_size": recipe.parallel.pipeline_parallel_size,
+            "zero_stage": recipe.parallel.zero_stage,
+            "device": allocation.device,
+        },
+        "steps": recipe.train_steps,
+        "tokens": recipe.train_steps * recipe.tokens_per_step,
+        "first_loss": curve[0][1] if curve else None,
+        "last_loss": curve[-1][1] if curve else None,
+        "eval_loss": evaluations[-1]["eval_loss"] if evaluations else None,
+        "eval_perplexity": evaluations[-1]["eval_perplexity"] if evaluations else None,
+        "loss_curve": [list(point) for point in thinned],
+        "launch_seconds": round(seconds, 1),
+        "checkpoint": str(run_folder.step_dir(recipe.train_steps)),
+        "data": [
+            {"prefix": str(part.prefix), "weight": part.weight, "tokens": part.tokens, "documents": part.documents}
+            for part in parts
+        ],
+    }
