@@ -1,0 +1,159 @@
+"""The settings of step 4, named as in the seeds' llm-jp-sft. Flags win over the recipe.
+
+scripts/step4_finetune_model/finetune.sh --recipe openassistant_zero3 --model_name_or_path DIR --output_dir OUT
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from train.settings import setting
+
+_NOT_YET = {
+    "use_peft": "LoRA",
+    "load_in_8bit": "8-bit loading",
+    "load_in_4bit": "4-bit loading",
+    "peft_target_model": "LoRA",
+    "peft_target_modules": "LoRA",
+    "peft_lora_r": "LoRA",
+    "peft_lora_alpha": "LoRA",
+    "peft_lora_dropout": "LoRA",
+}
+_AT_LEAST_ONE = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "logging_steps",
+    "save_total_limit",
+)
+_NOT_NEGATIVE = ("num_processes", "weight_decay", "max_grad_norm", "save_steps", "eval_steps", "show_examples", "seed")
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """What is finetuned, on which conversations, and how."""
+
+    model_name_or_path: str = setting(help="model folder, or name on the Hub")
+    output_dir: Path = setting(help="folder to make: model, tokenizer, manifest, verification")
+    data_files: tuple[str, ...] = setting(
+        (),
+        help="conversations: .json, .jsonl (also .gz, .zst) or .parquet files or globs; without any, the seeds' "
+        "openassistant_best_replies_train.jsonl from the Hub",
+    )
+    eval_data_files: tuple[str, ...] = setting((), help="held-out conversations, evaluated but not trained on")
+    tokenizer_name_or_path: str | None = setting(None, help="tokenizer folder or name; the model's own when not given")
+    use_fast: bool = setting(True, help="fast tokenizer; with False it is used all the same, and said")
+    additional_special_tokens: tuple[str, ...] = setting((), help="tokens to add to tokenizer and embeddings")
+    max_seq_length: int = setting(2048, help="longest example, in tokens")
+    use_flash_attention_2: bool = setting(False, help="flash-attn instead of torch's own attention; needs a GPU")
+
+    instruction_template: str = setting("### Human:", help="stands before each question; \\n is a line end")
+    response_template: str = setting("### Assistant:", help="stands before each answer; \\n is a line end")
+    on_error: str = setting("stop", help="what a broken or unusable record does", choices=("stop", "skip"))
+    too_long: str = setting(
+        "truncate", help="what happens to examples over max_seq_length", choices=("truncate", "drop")
+    )
+    packing: bool = setting(False, help="put several examples into one sequence")
+    show_examples: int = setting(3, help="examples shown before training, with what is trained in them")
+
+    num_train_epochs: float = setting(3.0, help="passes over the data")
+    max_steps: int = setting(-1, help="optimizer steps; -1 leaves it to num_train_epochs")
+    per_device_train_batch_size: int = setting(8, help="examples per process and micro batch")
+    per_device_eval_batch_size: int = setting(8, help="examples per process in evaluation")
+    gradient_accumulation_steps: int = setting(1, help="micro batches per optimizer step")
+    learning_rate: float = setting(5e-5, help="peak learning rate")
+    warmup_ratio: float = setting(0.0, help="part of the steps in which the learning rate rises")
+    lr_scheduler_type: str = setting(
+        "linear",
+        help="how the learning rate falls",
+        choices=("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"),
+    )
+    weight_decay: float = setting(0.0, help="AdamW weight decay")
+    max_grad_norm: float = setting(1.0, help="gradient clipping; 0 switches it off")
+    seed: int = setting(42, help="order of the examples, and dropout")
+    bf16: bool = setting(False, help="bfloat16 mixed precision")
+    fp16: bool = setting(False, help="float16 mixed precision; needs a GPU")
+    gradient_checkpointing: bool = setting(False, help="recompute activations to save memory")
+
+    num_processes: int = setting(0, help="processes on this machine; 0 is one per GPU, or one without GPUs")
+    device: str = setting("auto", help="where to train", choices=("auto", "cuda", "cpu"))
+    zero_stage: int = setting(0, help="DeepSpeed ZeRO stage; 0 trains without DeepSpeed", choices=("0", "2", "3"))
+    deepspeed: Path | None = setting(None, help="DeepSpeed JSON to use as it is, instead of zero_stage")
+
+    logging_steps: int = setting(10, help="optimizer steps between progress lines")
+    save_steps: int = setting(500, help="optimizer steps between checkpoints; 0 saves none")
+    save_total_limit: int = setting(2, help="checkpoints kept until the run is over")
+    eval_steps: int = setting(0, help="optimizer steps between evaluations; 0 evaluates after each epoch")
+    use_wandb: bool = setting(False, help="log to Weights & Biases; offline when there is no login")
+    wandb_entity: str | None = setting(None, help="W&B user or team")
+    wandb_project: str | None = setting(None, help="W&B project")
+    wandb_group: str | None = setting(None, help="W&B group; finetune_MODEL_HOST_TIME when not given")
+    wandb_tag: str | None = setting(None, help="W&B tag")
+
+    use_peft: bool = setting(False, help="LoRA; not in this version")
+    load_in_8bit: bool = setting(False, help="not in this version")
+    load_in_4bit: bool = setting(False, help="not in this version")
+    peft_target_model: str | None = setting(None, help="LoRA; not in this version")
+    peft_target_modules: tuple[str, ...] = setting((), help="LoRA; not in this version")
+    peft_lora_r: int | None = setting(None, help="LoRA; not in this version")
+    peft_lora_alpha: float | None = setting(None, help="LoRA; not in this version")
+    peft_lora_dropout: float | None = setting(None, help="LoRA; not in this version")
+
+    resume: str = setting(
+        "auto",
+        help="auto goes on with an unfinished run; never starts again",
+        choices=("auto", "never"),
+        flag_only=True,
+    )
+    overwrite: bool = setting(False, help="replace an existing output_dir", flag_only=True)
+    dry_run: bool = setting(False, help="print what would run", flag_only=True)
+
+    def problems(self) -> Iterator[str]:
+        for name, what in _NOT_YET.items():
+            if getattr(self, name):
+                yield f"--{name}: {what} is not in this version, which finetunes all weights; leave the flag out."
+        for name in _AT_LEAST_ONE:
+            if getattr(self, name) < 1:
+                yield f"--{name} {getattr(self, name)}: it must be at least 1."
+        for name in _NOT_NEGATIVE:
+            if getattr(self, name) < 0:
+                yield f"--{name} {getattr(self, name)}: it must not be negative."
+        if self.max_seq_length < 2:
+            yield f"--max_seq_length {self.max_seq_length}: it must be at least 2."
+        if self.learning_rate <= 0:
+            yield f"--learning_rate {self.learning_rate}: it must be above 0."
+        if not 0 <= self.warmup_ratio < 1:
+            yield f"--warmup_ratio {self.warmup_ratio}: it must be at least 0 and below 1."
+        if self.max_steps < 1 and self.max_steps != -1:
+            yield f"--max_steps {self.max_steps}: it must be at least 1, or -1 to train for num_train_epochs."
+        if self.num_train_epochs <= 0:
+            yield f"--num_train_epochs {self.num_train_epochs}: it must be above 0."
+        if self.bf16 and self.fp16:
+            yield "--bf16 and --fp16 exclude each other: choose one."
+        if self.fp16 and self.device == "cpu":
+            yield "--fp16 needs a GPU: use --bf16, or neither, on a CPU."
+        if self.deepspeed is not None and self.zero_stage:
+            yield "--deepspeed and --zero_stage exclude each other: the file states its own stage."
+        yield from self._template_problems()
+        if not self.use_wandb:
+            for name in ("wandb_entity", "wandb_project", "wandb_group", "wandb_tag"):
+                if getattr(self, name):
+                    yield f"--{name} has no effect without --use_wandb: add it."
+
+    def _template_problems(self) -> Iterator[str]:
+        for name in ("instruction_template", "response_template"):
+            if not getattr(self, name).strip():
+                yield f"--{name} is blank: name the text that stands before each turn, such as '### Human:'."
+        if self.instruction_template.strip() == self.response_template.strip():
+            yield "--instruction_template and --response_template are the same: questions and answers must differ."
+
+    def with_line_ends(self) -> FinetuneSettings:
+        """The same settings with a literal backslash-n in the templates turned into a line end, as shells pass it."""
+        return dataclasses.replace(
+            self,
+            instruction_template=self.instruction_template.replace("\\n", "\n"),
+            response_template=self.response_template.replace("\\n", "\n"),
+        )
