@@ -44,7 +44,7 @@ class Command:
 
     def text(self) -> str:
         """The command as one would type it, for --dry_run and logs. Values of secrets are not shown."""
-        words = [f"{name}={shlex.quote(redacted(name, value))}" for name, value in sorted(self.environment.items())]
+        words = [f"{name}={redacted(name, shlex.quote(value))}" for name, value in sorted(self.environment.items())]
         words += [shlex.quote(word) for word in self.argv]
         line = " ".join(words)
         return f"cd {shlex.quote(str(self.working_dir))} && {line}" if self.working_dir else line

@@ -118,7 +118,7 @@ def parse(
     given: dict[str, Any] = {}
     if recipe_dir is not None and flags.recipe is not None:
         given = read_yaml(find_recipe(flags.recipe, recipe_dir))
-        refuse(_unknown_keys(cls, given, where=flags.recipe))
+        refuse([*_unknown_keys(cls, given, where=flags.recipe), *_call_keys(cls, given, where=flags.recipe)])
     for name, leaf in leaves.items():
         value = getattr(flags, name)
         if value is not None:
@@ -300,6 +300,13 @@ def _unknown_keys(cls: type, given: Mapping[str, Any], *, where: str) -> Iterato
                 yield f"{where}: {key} is a section and holds settings, not {value!r}."
             else:
                 yield from _unknown_keys(typing.cast(type, hints[key]), value or {}, where=f"{where}: {key}")
+
+
+def _call_keys(cls: type, given: Mapping[str, Any], *, where: str) -> Iterator[str]:
+    """Keys that belong to one call and have no place in a file that is run again."""
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if field.metadata.get("flag_only") and field.name in given:
+            yield f"{where}: {field.name} belongs to one call, not to a recipe: pass --{field.name} instead."
 
 
 def _stray_words(words: Sequence[str], known: Sequence[str]) -> Iterator[str]:

@@ -1,0 +1,42 @@
+"""Where a run runs, and why; several nodes are refused rather than used in part."""
+
+from __future__ import annotations
+
+import pytest
+
+from train.cluster import allocation
+from train.errors import UserError
+
+
+def find(num_processes=0, device="auto", **environment):
+    return allocation.find(num_processes=num_processes, device=device, environment=environment)
+
+
+def test_without_gpus_one_process_on_the_cpu():
+    found = find(CUDA_VISIBLE_DEVICES="")
+    assert (found.device, found.processes_per_host, found.world_size) == ("cpu", 1, 1)
+    assert "no GPU; 1 processes, one process" in found.reason
+
+
+def test_one_process_per_gpu_unless_asked_otherwise():
+    assert find(CUDA_VISIBLE_DEVICES="0,1,3").processes_per_host == 3
+    assert find(2, CUDA_VISIBLE_DEVICES="0,1,3").processes_per_host == 2
+    assert find(CUDA_VISIBLE_DEVICES="0,1").device == "cuda"
+    assert find(device="cpu", CUDA_VISIBLE_DEVICES="0,1").device == "cpu"
+
+
+def test_more_processes_than_gpus_are_refused():
+    with pytest.raises(UserError, match="--num_processes 4: this machine has 2 GPUs"):
+        find(4, CUDA_VISIBLE_DEVICES="0,1")
+
+
+def test_a_gpu_that_is_not_there_is_refused():
+    with pytest.raises(UserError, match="--device cuda: nvidia-smi shows no GPU"):
+        find(device="cuda", CUDA_VISIBLE_DEVICES="")
+
+
+@pytest.mark.parametrize("name", ["SLURM_JOB_NUM_NODES", "NHOSTS", "PBS_NUM_NODES"])
+def test_several_nodes_are_refused_rather_than_left_idle(name):
+    with pytest.raises(UserError, match="gave this job 2 nodes"):
+        find(**{name: "2", "CUDA_VISIBLE_DEVICES": ""})
+    assert find(**{name: "1", "CUDA_VISIBLE_DEVICES": ""}).world_size == 1

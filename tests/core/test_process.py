@@ -1,0 +1,86 @@
+"""One runner: output copied and kept, exit codes true, signals passed on, nothing left behind."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from train import process
+from train.process import Command
+
+
+def python(code: str, **environment: str) -> Command:
+    return Command((sys.executable, "-c", code), environment)
+
+
+def is_running(pid: str) -> bool:
+    """Whether a process exists and is no zombie that waits for its parent to take notice."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 4, 77])
+def test_the_exit_code_is_the_programs(code):
+    assert process.run(python(f"raise SystemExit({code})")) == code
+
+
+def test_death_by_signal_shows_as_shells_have_it():
+    assert process.run(python("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")) == 128 + 9
+
+
+def test_output_goes_to_the_terminal_and_the_log(tmp_path, capfd):
+    log = tmp_path / "logs" / "run.log"
+    process.run(python("import sys; print('out'); print('err', file=sys.stderr)"), log=log)
+    assert sorted(log.read_text().split()) == ["err", "out"]
+    assert sorted(capfd.readouterr().out.split()) == ["err", "out"]
+
+
+def test_rendered_files_are_there_before_it_starts(tmp_path, capfd):
+    file = tmp_path / "new" / "config.json"
+    command = Command((sys.executable, "-c", f"print(open({str(file)!r}).read())"), files={file: "{}"})
+    assert process.run(command) == 0
+    assert capfd.readouterr().out == "{}\n"
+
+
+def test_arguments_reach_the_program_unchanged(awkward_path, capfd):
+    words = ("a b", "$HOME", "'", '"', "; echo broken", "日本語")
+    process.run(Command((sys.executable, "-c", "import sys; print(sys.argv[1:])", *words), working_dir=awkward_path))
+    assert capfd.readouterr().out.strip() == repr(list(words))
+
+
+def test_secrets_are_not_shown_and_words_are_quoted():
+    command = Command(("prog", "a b"), {"HF_TOKEN": "hf_123", "WANDB_API_KEY": "w", "OMP_NUM_THREADS": "1"})
+    assert command.text() == "HF_TOKEN=*** OMP_NUM_THREADS=1 WANDB_API_KEY=*** prog 'a b'"
+
+
+def test_sigterm_reaches_the_program_and_all_it_started(tmp_path):
+    """A launcher with a child that has a child of its own: after SIGTERM none of the three is left."""
+    pids = tmp_path / "pids"
+    inner = f"import os, time; open({str(pids)!r}, 'a').write(f'{{os.getpid()}}\\n'); time.sleep(60)"
+    outer = f"import os, subprocess, sys; open({str(pids)!r}, 'a').write(f'{{os.getpid()}}\\n');"
+    outer += f"sys.exit(subprocess.call([sys.executable, '-c', {inner!r}]))"
+    call = f"process.run(process.Command((sys.executable, '-c', {outer!r})))"
+    launcher = f"import sys; from train import process; sys.exit({call})"
+    running = subprocess.Popen([sys.executable, "-c", launcher])
+    deadline = time.monotonic() + 30
+    while not (pids.exists() and len(pids.read_text().split()) == 2):
+        assert time.monotonic() < deadline, "the programs did not start"
+        time.sleep(0.05)
+    running.send_signal(signal.SIGTERM)
+    assert running.wait(timeout=30) == 128 + 15
+    while any(is_running(pid) for pid in pids.read_text().split()):
+        assert time.monotonic() < deadline, "a process outlived its launcher"
+        time.sleep(0.05)
+
+
+def test_capture_answers_for_a_missing_program_and_a_slow_one():
+    assert process.capture(Command(("no-such-program-here",)))[0] == 127
+    assert process.capture(python("import time; time.sleep(30)"), timeout_s=0.2)[0] == 124
+    assert process.capture(python("print('x')")) == (0, "x\n")
