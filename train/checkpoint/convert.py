@@ -17,9 +17,9 @@ from train import settings as settings_module
 from train.checkpoint import kind, lineage, parity_texts, verification
 from train.errors import UserError
 from train.settings import setting
+from train.tokenizer.special_tokens import EOD_TOKEN
 
 STEP = "convert_to_huggingface"
-END_OF_DOCUMENT = "<EOD>"
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def _write_special_tokens(folder: Path) -> None:
     absent = [name for name, value in ids.items() if value is None]
     if absent:
         raise UserError(f"the tokenizer has no {', '.join(absent)}: train it with <s>, </s> and <pad> (step 1 does).")
-    end_of_document = tokenizer.get_vocab().get(END_OF_DOCUMENT)
+    end_of_document = tokenizer.get_vocab().get(EOD_TOKEN)
     config = AutoConfig.from_pretrained(folder)
     for name, value in ids.items():
         setattr(config, name, value)

@@ -1,0 +1,169 @@
+"""Steps 3 and 5: publishes a verified model folder on the Hugging Face Hub, with its card.
+
+Called by the upload scripts of scripts/step3_upload_pretrained_model/ and scripts/step5_upload_finetuned_model/. Only
+the model's own files go up, in one commit; blobs that an interrupted upload had sent are not sent again.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train import outputs
+from train.checkpoint import verification
+from train.errors import UserError
+from train.hub import card
+from train.settings import setting
+
+CARD = "README.md"
+_NAME = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9_][\w.-]{0,95}")
+
+
+@dataclass(frozen=True)
+class UploadSettings:
+    """The settings of both upload scripts."""
+
+    input_tokenizer_and_model_dir: Path = setting(help="verified model folder to upload")
+    output_model_name: str = setting(help="repository: NAME (under your own account) or USER/NAME")
+    test_prompt_text: str = setting("Once upon a time,", help="what the model must have an answer to first")
+    private: bool | None = setting(None, help="a private repository, as without any flag; False is --public")
+    public: bool = setting(False, help="a public repository")
+    revision: str = setting("main", help="branch to commit to; made when it does not exist")
+    commit_message: str = setting("Upload tokenizer and model", help="first line of the commit")
+    license: str = setting("", help="the card's licence, as the Hub spells it (apache-2.0); no field without it")
+    base_model: str = setting("", help="the card's base model, a name on the Hub, for a finetuned model")
+    output_dir: Path | None = setting(
+        None, help="write the files that would go up into this folder instead of uploading them; no network, no token"
+    )
+    overwrite: bool = setting(False, help="replace an existing --output_dir", flag_only=True)
+    dry_run: bool = setting(False, help="list files, sizes, target and card, and exit", flag_only=True)
+
+    @property
+    def is_private(self) -> bool:
+        return not self.public and self.private is not False
+
+    def problems(self) -> Iterator[str]:
+        if self.private and self.public:
+            yield "--private and --public exclude each other: choose one."
+        name = self.output_model_name
+        if not _NAME.fullmatch(name) or ".." in name or "--" in name or name.endswith((".git", ".", "-")):
+            yield f"--output_model_name {name!r}: give NAME or USER/NAME, in letters, digits, and - _ . between them."
+        if not self.test_prompt_text.strip():
+            yield "--test_prompt_text is empty: give the model something to go on with."
+        if not self.commit_message.strip():
+            yield "--commit_message is empty: say what this upload is."
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", self.revision) or self.revision.startswith("refs/"):
+            yield f"--revision {self.revision!r} is not a branch name: letters, digits, and - _ . / between them."
+
+
+def upload(settings: UploadSettings) -> int:
+    """Checks, lets the model speak, and uploads; or, with --output_dir, writes what would go up.
+
+    Raises:
+        UserError: the folder is not a proven model, the model says nothing, there is no token, or the Hub refuses.
+    """
+    folder = settings.input_tokenizer_and_model_dir
+    if settings.dry_run:
+        _print_plan(settings)
+        return 0
+    verification.require(folder)
+    _require_whole(folder)
+    text = _card(settings, settings.output_model_name)
+    if settings.output_dir is not None:
+        return _prepare(settings, settings.output_dir, text)
+    from train.hub import repository
+
+    target = repository.sign_in(settings.output_model_name)
+    _let_speak(settings)
+    visibility = "private" if settings.is_private else "public"
+    url = repository.publish(
+        target,
+        files=verification.model_files(folder),
+        card=_card(settings, target),
+        is_private=settings.is_private,
+        revision=settings.revision,
+        commit_message=settings.commit_message,
+    )
+    print(f"uploaded {folder} to {url} ({visibility}, branch {settings.revision})")
+    return 0
+
+
+def _card(settings: UploadSettings, name: str) -> str:
+    return card.model_card(
+        settings.input_tokenizer_and_model_dir,
+        repository=name,
+        license=settings.license,
+        base_model=settings.base_model,
+    )
+
+
+def _require_whole(folder: Path) -> None:
+    names = {path.name for path in verification.model_files(folder)}
+    missing = [name for name in ("config.json", "tokenizer_config.json") if name not in names]
+    if not any(name.endswith(".safetensors") for name in names):
+        missing.append("model.safetensors")
+    if missing:
+        raise UserError(f"{folder} lacks {', '.join(missing)}: it is not a whole model; make it again.")
+
+
+def _let_speak(settings: UploadSettings) -> None:
+    from train.hub import prompt
+
+    said = prompt.answer(settings.input_tokenizer_and_model_dir, settings.test_prompt_text)
+    print(f"prompt: {settings.test_prompt_text}\nanswer: {said}")
+
+
+def _prepare(settings: UploadSettings, output_dir: Path, text: str) -> int:
+    """Writes the files that would go up, whole or not at all; a folder that holds just them is left as it is."""
+    files = verification.model_files(settings.input_tokenizer_and_model_dir)
+    if _holds(output_dir, files, text):
+        print(f"{output_dir} holds these files already: nothing to do.")
+        return 0
+    if output_dir.exists() and not settings.overwrite and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise UserError(f"{output_dir} exists already: pass --overwrite to replace it, or choose another output.")
+    _let_speak(settings)
+    with outputs.new_folder(output_dir, overwrite=settings.overwrite) as unfinished:
+        for file in files:
+            shutil.copyfile(file, unfinished / file.name)
+        (unfinished / CARD).write_text(text, encoding="utf-8")
+    print(
+        f"wrote {output_dir}: {len(files)} files and {CARD}, ready for {settings.output_model_name}; nothing was sent"
+    )
+    return 0
+
+
+def _holds(output_dir: Path, files: tuple[Path, ...], text: str) -> bool:
+    import filecmp
+
+    if not output_dir.is_dir() or {path.name for path in output_dir.iterdir()} != {
+        CARD,
+        *(file.name for file in files),
+    }:
+        return False
+    if (output_dir / CARD).read_text(encoding="utf-8", errors="replace") != text:
+        return False
+    return all(filecmp.cmp(file, output_dir / file.name, shallow=False) for file in files)
+
+
+def _print_plan(settings: UploadSettings) -> None:
+    """What would go where. Files are told by name and size only: hashing them takes longer than a dry run may."""
+    folder = settings.input_tokenizer_and_model_dir
+    target: Any = settings.output_dir or settings.output_model_name
+    visibility = "a folder here" if settings.output_dir else "private" if settings.is_private else "public"
+    print(f"would upload {folder} to {target} ({visibility}, branch {settings.revision}): {settings.commit_message}")
+    if not folder.is_dir():
+        print("the folder is not there yet, so its files and card cannot be shown")
+        return
+    for file in verification.model_files(folder):
+        print(f"{file.stat().st_size:>16,} bytes  {file.name}")
+    try:
+        verification.require(folder, hash_files=False)
+        print("verified; the files have the sizes they had then")
+    except UserError as error:
+        print("would be refused: " + " ".join(error.problems))
+    if (folder / "config.json").is_file():
+        print(f"{CARD}:\n{_card(settings, settings.output_model_name)}")
