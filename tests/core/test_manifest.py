@@ -21,8 +21,8 @@ def write(folder: Path, inputs, **settings):
 def test_the_same_settings_and_inputs_are_done(tmp_path):
     source = tmp_path / "in.txt"
     source.write_text("x")
-    write(tmp_path, [source], a=(1, 2), folder=Path("x"))
-    same = {"a": (1, 2), "folder": Path("x")}
+    write(tmp_path, [source], a=(1, 2), place=Path("x"))
+    same = {"a": (1, 2), "place": Path("x")}
     assert manifest.is_done(tmp_path, step="s", settings=same, inputs=[source])
     assert not manifest.is_done(tmp_path, step="other", settings=same, inputs=[source])
     assert not manifest.is_done(tmp_path, step="s", settings={**same, "a": (1,)}, inputs=[source])
