@@ -68,6 +68,21 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `path`, for parts of what becomes `path`; it is removed when the block ends.
+
+    Raises:
+        UserError: the folder of `path` cannot be written.
+    """
+    unfinished = _unfinished_name(path.with_name(path.name + ".parts"))
+    unfinished.mkdir()
+    try:
+        yield unfinished
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
 def is_unfinished(path: Path) -> bool:
     """Whether `path` is a temporary output of a run that is under way or was killed."""
     return _MARK in path.name

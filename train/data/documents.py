@@ -50,10 +50,23 @@ class Skipped:
     empty: int = 0
     examples: list[str] = field(default_factory=list)
 
-    def add(self, problem: str) -> None:
+    def take(self, problem: str, on_error: str) -> None:
+        """Counts a broken document, or stops at it.
+
+        Raises:
+            UserError: `on_error` is `stop`.
+        """
+        if on_error == "stop":
+            raise UserError(f"{problem}. Mend it, or pass --on_error skip to leave such documents out.")
         self.count += 1
         if len(self.examples) < _SHOWN_EXAMPLES:
             self.examples.append(problem)
+
+    def merge(self, other: Skipped) -> None:
+        """Adds what was left out elsewhere, later in the input."""
+        self.count += other.count
+        self.empty += other.empty
+        self.examples = (self.examples + other.examples)[:_SHOWN_EXAMPLES]
 
     def summary(self) -> str:
         """One or more lines for the terminal; empty when nothing was left out."""
@@ -122,16 +135,18 @@ def read_documents(
                 else:
                     skipped.empty += 1
                 continue
-            problem = f"{file}, {place}: {text}"
-            if on_error == "stop":
-                raise UserError(f"{problem}. Mend it, or pass --on_error skip to leave such documents out.")
-            skipped.add(problem)
+            skipped.take(f"{file}, {place}: {text}", on_error)
+
+
+def extension(file: Path) -> str:
+    """The part of the name that tells the format, such as `.jsonl.gz`; empty when it is none we read."""
+    return max((known for known in _EXTENSIONS if file.name.endswith(known)), key=len, default="")
 
 
 def _input_problem(file: Path) -> str | None:
     if file.is_dir():
         return f"{file} is a folder, a file is expected: name its files, such as '{file}/*.jsonl'."
-    if not file.name.endswith(_EXTENSIONS):
+    if not extension(file):
         return f"{file} has an extension that is not known: expected one of {', '.join(_EXTENSIONS)}."
     if not os.access(file, os.R_OK):
         return f"{file} is not readable: change its permissions."
