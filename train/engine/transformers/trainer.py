@@ -33,6 +33,7 @@ from train.run_folder import RunFolder, whole_checkpoints
 
 GOLDEN_LOGITS_FILE = "golden_logits.safetensors"
 _GOLDEN_TOKENS = 64
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 class TokenSequences(Dataset[dict[str, torch.Tensor]]):
@@ -106,7 +107,8 @@ class PretrainTrainer(Trainer):
         step = self.state.global_step
         unfinished = Path(self.args.output_dir) / f"checkpoint-{step}"
         tensors = {"input_ids": self._golden_input_ids.contiguous(), "logits": logits}
-        save_file(tensors, unfinished / GOLDEN_LOGITS_FILE)
+        computed_in = {"dtype": _DTYPES[self._recipe.training.precision]}  # how near an export can come to them
+        save_file(tensors, unfinished / GOLDEN_LOGITS_FILE, metadata=computed_in)
         whole = self._run_folder.step_dir(step)
         if whole.exists():  # a run that went back to an older checkpoint comes by again
             shutil.rmtree(whole)
