@@ -147,15 +147,13 @@ def _refuse_other_tokenizer(tokenizer_file: Path, records: list[dict[str, Any]])
     """Refuses a tokenizer other than the one the run's data was made with, when a manifest names that one."""
     ours = manifest.sha256(tokenizer_file)
     for record in records:
-        if not str(record["step"]).startswith("preprocess"):
-            continue
-        for item in record.get("inputs") or []:
-            theirs = item.get("sha256")
-            if str(item.get("path", "")).endswith(".model") and theirs not in (None, ours):
-                raise UserError(
-                    f"--input_tokenizer_file {tokenizer_file} is not the tokenizer of the training data, which was "
-                    f"{item['path']} (SHA-256 {theirs[:12]}..., this one {ours[:12]}...): pass that one."
-                )
+        results = record["results"] if isinstance(record["results"], dict) else {}
+        theirs = results.get("tokenizer_sha256")
+        if theirs not in (None, ours):
+            raise UserError(
+                f"--input_tokenizer_file {tokenizer_file} is not the tokenizer that the training data was made with "
+                f"(SHA-256 {ours[:12]}... here, {theirs[:12]}... in the manifest of {record['step']}): pass that one."
+            )
 
 
 def _write_special_tokens(folder: Path) -> None:

@@ -37,8 +37,8 @@ def manifest_of(file: Path) -> Path | None:
     """The manifest of the step that wrote `file`, by the places where steps write them; None when there is none."""
     run = run_folder.of_checkpoint(file.parent)
     candidates = [run.manifest] if run is not None else []
-    candidates += [file.parent / manifest.FILE_NAME, file.with_suffix(".json")]
-    return next((candidate for candidate in candidates if candidate.is_file() and candidate != file), None)
+    candidates += [file.with_suffix(".manifest.json"), file.parent / manifest.FILE_NAME]
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
 def input_files(record: Mapping[str, Any]) -> list[Path]:
