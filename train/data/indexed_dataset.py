@@ -203,6 +203,10 @@ class IndexedDataset:
         parts = [self.tokens(sequence) for sequence in range(first, end)]
         return np.concatenate(parts) if parts else np.zeros(0, dtype=self.dtype)
 
+    def stream(self, start: int, length: int) -> np.ndarray:
+        """Up to `length` ids of the whole .bin from position `start` on, whatever documents they belong to."""
+        return self._tokens[start : start + length]
+
     @cached_property
     def _tokens(self) -> np.ndarray:
         if bin_file(self.prefix).stat().st_size == 0:
