@@ -71,6 +71,11 @@ class RunFolder:
         """Where DeepSpeed compiles its ops: the run's own, so that a killed build cannot hang another run."""
         return self.root / "torch_extensions"
 
+    @property
+    def data_cache_dir(self) -> Path:
+        """Where Megatron keeps the sample order it computed, instead of beside the user's data."""
+        return self.root / "data_cache"
+
     def log(self, host: str, time: str) -> Path:
         return self.root / "log" / f"{self.job_name}_{host}_{time}.log"
 

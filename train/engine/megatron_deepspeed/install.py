@@ -119,9 +119,10 @@ def clone(repository: str, ref: str, folder: Path, *, timeout_s: float) -> None:
         for command in clone_commands(repository, ref, unfinished):
             code, text = process.capture(command, timeout_s=timeout_s)
             if code != 0:
+                said = " ".join(text.split()) or f"git exited with {code}"
                 raise UserError(
-                    f"{ref} could not be cloned from {repository}: {' '.join(text.split()) or f'git exited with {code}'}. "
-                    "Check the ref and the network; without a network, name a local clone: "
+                    f"{ref} could not be cloned from {repository}: {said}. Check the ref and the network; without "
+                    "a network, name a local clone: "
                     f"{checkout.INSTALL_COMMAND} --repository /path/to/Megatron-DeepSpeed"
                 )
 

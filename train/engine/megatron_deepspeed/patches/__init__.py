@@ -40,12 +40,14 @@ class Run:
         train_steps: optimizer steps of the whole run.
         tokens_per_step: tokens of one step over all ranks.
         keep_last: checkpoints to keep; 0 keeps all.
+        engine_commit: upstream's commit, noted beside the golden logits.
     """
 
     metrics: Path | None = None
     train_steps: int = 1
     tokens_per_step: int = 1
     keep_last: int = 0
+    engine_commit: str = "unknown"
 
 
 @dataclass(frozen=True)

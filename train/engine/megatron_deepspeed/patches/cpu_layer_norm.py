@@ -23,14 +23,14 @@ def _apply(_run: Run) -> str:
             other.pop("apply_layernorm_1p", None)
             other.pop("mem_efficient_ln", None)
             super().__init__(normalized_shape, eps=eps, **other)
-            self.weight.sequence_parallel = sequence_parallel
-            self.bias.sequence_parallel = sequence_parallel
+            for weight in self.parameters():
+                setattr(weight, "sequence_parallel", sequence_parallel)  # noqa: B010
 
     replaced = []
     for name, module in list(sys.modules.items()):
         # every module that has taken the name over by `from megatron.model import LayerNorm`
         if name.startswith("megatron.") and vars(module).get("LayerNorm") is torch.nn.LayerNorm:
-            module.LayerNorm = LayerNorm
+            vars(module)["LayerNorm"] = LayerNorm
             replaced.append(name)
     return f"LayerNorm in {', '.join(sorted(replaced))}: torch's, taking sequence_parallel"
 

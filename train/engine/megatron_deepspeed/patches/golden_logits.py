@@ -1,6 +1,7 @@
 """The training engine's own logits for a fixed input, saved with every checkpoint: what an export has to reproduce.
 
-File `golden_logits.safetensors` in `global_stepN`: `input_ids` int64 [1, n], `logits` float32 [1, n, padded vocabulary].
+File `golden_logits.safetensors` in `global_stepN`: `input_ids` int64 [1, n], `logits` float32 [1, n, padded vocabulary]
+and, as metadata, `engine`, `engine_commit` and `dtype`, the type they were computed in.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def input_ids(vocab_size: int, end_of_document: int, batch_size: int, length: in
     return torch.where(ids == end_of_document, (ids + 1) % vocab_size, ids)
 
 
-def record(engine: Any, folder: Path) -> None:
+def record(engine: Any, folder: Path, engine_commit: str) -> None:
     """Computes the logits of the live model and writes them into `folder`. Every rank has to call it."""
     import torch
     from megatron import get_args, get_tokenizer
@@ -36,7 +37,7 @@ def record(engine: Any, folder: Path) -> None:
 
     args, tokenizer = get_args(), get_tokenizer()
     # one token more than the model sees: upstream cuts the labels from the same sequence
-    tokens = input_ids(tokenizer.vocab_size, tokenizer.eod, args.micro_batch_size, args.seq_length + 1)
+    tokens = input_ids(_real_vocab_size(tokenizer), tokenizer.eod, args.micro_batch_size, args.seq_length + 1)
     positions = min(_POSITIONS, args.seq_length)
     was_training = engine.module.training
     with torch.no_grad():
@@ -52,7 +53,18 @@ def record(engine: Any, folder: Path) -> None:
         save_file(
             {"input_ids": tokens[:1, :positions].contiguous(), "logits": logits[None].cpu().contiguous()},
             str(folder / FILE_NAME),
+            metadata={
+                "engine": "megatron-deepspeed",
+                "engine_commit": engine_commit,
+                "dtype": str(args.params_dtype).removeprefix("torch."),
+            },
         )
+
+
+def _real_vocab_size(tokenizer: Any) -> int:
+    """The tokenizer's size without the pieces that upstream adds to it, which no export has."""
+    sentencepiece = getattr(tokenizer, "tokenizer", None)
+    return len(sentencepiece) if hasattr(sentencepiece, "__len__") else tokenizer.vocab_size
 
 
 def _is_pipeline(engine: Any) -> bool:
@@ -92,7 +104,7 @@ def _gathered(part: Any, group: Any) -> Any:
     return torch.cat(parts, dim=-1)
 
 
-def _apply(_run: Run) -> str:
+def _apply(run: Run) -> str:
     from deepspeed import DeepSpeedEngine
 
     save_checkpoint = DeepSpeedEngine.save_checkpoint
@@ -101,7 +113,7 @@ def _apply(_run: Run) -> str:
     def save_with_logits(self: Any, save_dir: str, tag: str | None = None, *others: Any, **options: Any) -> Any:
         tag = tag or f"global_step{self.global_steps}"
         saved = save_checkpoint(self, save_dir, tag, *others, **options)
-        record(self, Path(save_dir) / tag)
+        record(self, Path(save_dir) / tag, run.engine_commit)
         return saved
 
     DeepSpeedEngine.save_checkpoint = save_with_logits

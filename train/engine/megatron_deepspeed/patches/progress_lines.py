@@ -37,9 +37,23 @@ def _apply(run: Run) -> str:
     import torch
     from megatron import get_args, training
 
-    training_log, evaluate_and_print = training.training_log, training.evaluate_and_print_results
+    train, training_log = training.train, training.training_log
+    evaluate_and_print = training.evaluate_and_print_results
     since_last_line: list[float] = []
-    state: dict[str, Progress] = {}
+    lines: list[Progress] = []  # one on the first rank, from the moment training starts
+
+    @functools.wraps(train)
+    def start(*others: Any, **options: Any) -> Any:
+        if run.metrics is not None and torch.distributed.get_rank() == 0:
+            lines.append(
+                Progress(
+                    run.metrics,
+                    total_steps=run.train_steps,
+                    tokens_per_step=run.tokens_per_step,
+                    first_step=get_args().iteration,
+                )
+            )
+        return train(*others, **options)
 
     @functools.wraps(training_log)
     def log(losses: Any, total: Any, lr: Any, step: int, *others: Any, **options: Any) -> Any:
@@ -52,10 +66,10 @@ def _apply(run: Run) -> str:
         result = training_log(losses, total, lr, step, *others, **options)
         is_due = step % args.log_interval == 0 or step in (1, args.train_iters)
         if is_due and since_last_line:
-            if run.metrics is not None and torch.distributed.get_rank() == 0:
-                mean = sum(since_last_line) / len(since_last_line)
-                norm = None if grad_norm is None else float(grad_norm)
-                _progress(step - 1).train(step, loss=mean, lr=float(lr or 0.0), grad_norm=norm)
+            mean = sum(since_last_line) / len(since_last_line)
+            norm = None if grad_norm is None else float(grad_norm)
+            for line in lines:
+                line.train(step, loss=mean, lr=float(lr or 0.0), grad_norm=norm)
             since_last_line.clear()
         return result
 
@@ -76,21 +90,11 @@ def _apply(run: Run) -> str:
             training.evaluate = original
         if measured and not options.get("test"):
             loss = _from_last_rank(loss_of(measured[0]) if measured[0] else math.nan)
-            if run.metrics is not None and torch.distributed.get_rank() == 0:
-                _progress(step).evaluation(step, loss=loss)
+            for line in lines:
+                line.evaluation(step, loss=loss)
         return result
 
-    def _progress(first_step: int) -> Progress:
-        if "it" not in state:
-            assert run.metrics is not None
-            state["it"] = Progress(
-                run.metrics,
-                total_steps=run.train_steps,
-                tokens_per_step=run.tokens_per_step,
-                first_step=first_step,
-            )
-        return state["it"]
-
+    training.train = start
     training.training_log = log
     training.evaluate_and_print_results = evaluate
     return "megatron.training.training_log and evaluate_and_print_results: progress lines, stop at a non-finite loss"

@@ -1,0 +1,79 @@
+"""What runs in each rank: the patches, then upstream's `pretrain_gpt.py` as it is. prepare.py starts it.
+
+python -m torch.distributed.run ... -m train.engine.megatron_deepspeed.worker --recipe RESOLVED.yaml
+    --engine_commit HASH -- MEGATRON ARGUMENTS        (the checkout is on PYTHONPATH)
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from train import outcome, settings
+from train.engine import extension_locks
+from train.engine.megatron_deepspeed import patches
+from train.errors import UserError
+from train.recipe import PretrainRecipe
+from train.run_folder import RunFolder
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains the recipe and reports how it ended."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    end = words.index("--") if "--" in words else len(words)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--recipe", type=Path, required=True)
+    parser.add_argument("--engine_commit", default="unknown")
+    own = parser.parse_args(words[:end])
+    recipe = settings.build(PretrainRecipe, settings.read_yaml(own.recipe))
+    assert recipe.checkpoint.job_name is not None
+    run_folder = RunFolder(recipe.checkpoint.output_model_dir, recipe.checkpoint.job_name)
+    run = patches.Run(
+        metrics=run_folder.metrics,
+        train_steps=recipe.train_steps,
+        tokens_per_step=recipe.tokens_per_step,
+        keep_last=recipe.checkpoint.keep_last,
+        engine_commit=own.engine_commit,
+    )
+    leads = os.environ.get("RANK", "0") == "0"
+    return outcome.record(run_folder.outcome, lambda: pretrain(run, words[end + 1 :], leads=leads), leads=leads)
+
+
+def pretrain(run: patches.Run, arguments: Sequence[str], *, leads: bool) -> None:
+    """Runs upstream's program with `arguments` in this process.
+
+    Raises:
+        UserError: the checkout is not on the import path, or the loss became non-finite.
+    """
+    script = pretrain_script()
+    for lock in extension_locks.remove_stale():
+        print(f"removed {lock}: a build that was killed had left it, and it would hang this run", flush=True)
+    for done in patches.apply_all(run, patches.disabled_names(os.environ)):
+        if leads:
+            print(f"patch {done.patch.name}: {done.state}" + (f" - {done.detail}" if done.detail else ""), flush=True)
+    # torchrun says it in the environment, upstream reads the argument that the deepspeed launcher adds
+    sys.argv = [str(script), f"--local_rank={os.environ.get('LOCAL_RANK', '0')}", *arguments]
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as end:
+        if end.code not in (None, 0):
+            raise
+
+
+def pretrain_script() -> Path:
+    """Upstream's `pretrain_gpt.py`, beside the `megatron` package that is on the import path."""
+    package = importlib.util.find_spec("megatron")
+    folders = list(package.submodule_search_locations or ()) if package else []
+    script = Path(folders[0]).parent / "pretrain_gpt.py" if folders else None
+    if script is None or not script.is_file():
+        raise UserError("Megatron-DeepSpeed is not on PYTHONPATH: start this through scripts/step2_pretrain_model.")
+    return script
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
