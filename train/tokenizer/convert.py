@@ -4,9 +4,9 @@ Called by step 3, for the tokenizer alone and for whole checkpoints:
 
     convert_tokenizer(Path("botchan.model"), Path("hf"), model_max_length=2048)
 
-Writes `tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json` into an existing folder. The SentencePiece
-model is not copied: transformers would prefer it and tokenize differently. No beginning or end token is added to a
-text, as in the pretraining data. That nothing differs is for `train.tokenizer.parity` to prove.
+Writes `tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json` into an existing folder. The model file
+is not copied: transformers would prefer it and tokenize differently. No beginning or end token is added to a text, as
+in the pretraining data. That nothing differs is for `train.tokenizer.parity` to prove.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def read_model(model_file: Path) -> Any:
         raise UserError(f"{model_file} is a folder, a SentencePiece model is expected: name its .model file.")
     if not model_file.is_file():
         raise UserError(f"{model_file} is missing: name the .model file that step 1 wrote.")
-    model = sentencepiece_model_pb2.ModelProto()
+    model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
         model.ParseFromString(model_file.read_bytes())
     except DecodeError:

@@ -48,7 +48,7 @@ def build_normalizer(table: bytes, *, symbols: Iterable[str], add_dummy_prefix: 
     """
     from tokenizers import normalizers
 
-    chain = [normalizers.Prepend(SPACE_PIECE)] if add_dummy_prefix else []
+    chain: list[Any] = [normalizers.Prepend(SPACE_PIECE)] if add_dummy_prefix else []
     if table:
         chain += _table_chain(table, tuple(sorted(symbols)))
     chain.append(normalizers.Replace(" ", SPACE_PIECE))
@@ -139,9 +139,7 @@ def _literal_compositions(single: Mapping[str, str], several: Mapping[str, str])
     spelt = [_by_character(key, single) for key in keys]
     composed = normalizers.NFC().normalize_str("\n".join(spelt)).split("\n")
     missed = {
-        before: several[key]
-        for key, before, after in zip(keys, spelt, composed, strict=True)
-        if after != several[key]
+        before: several[key] for key, before, after in zip(keys, spelt, composed, strict=True) if after != several[key]
     }
     return [normalizers.Replace(before, after) for before, after in missed.items()]
 
