@@ -82,7 +82,7 @@ def parse_line(line: bytes, *, json_key: str, plain: bool, first: bool = False) 
         hint = " (one JSON array? a JSON object per line is expected)" if decoded.lstrip()[0] == "[" else ""
         raise BadDocumentError(f"broken JSON: {error}{hint}") from None
     if not isinstance(record, dict):
-        raise BadDocumentError(f"a JSON {_kind(record)}, an object with the key {json_key!r} is expected")
+        raise BadDocumentError(f"{_kind(record)}, a JSON object with the key {json_key!r} is expected")
     if json_key not in record:
         keys = ", ".join(map(repr, list(record)[:5])) or "none"
         raise BadDocumentError(f"no key {json_key!r} (keys: {keys}); name the right one with --json_key")

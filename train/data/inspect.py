@@ -127,8 +127,8 @@ def _beyond_vocabulary(dataset: IndexedDataset, encoder: Encoder) -> str:
     assert found is not None
     document, place, value = found
     return (
-        f"{dataset.prefix}: id {value} at token {place} of document {document} is beyond the {encoder.vocab_size:,} ids "
-        f"of {encoder.model_file}: name the tokenizer it was encoded with, or preprocess again."
+        f"{dataset.prefix}: id {value} at token {place} of document {document} is beyond the {encoder.vocab_size:,} "
+        f"ids of {encoder.model_file}: name the tokenizer it was encoded with, or preprocess again."
     )
 
 
