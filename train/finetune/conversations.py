@@ -102,7 +102,7 @@ def read_conversations(
                     raise record
                 messages = parse_record(record, instruction_template, response_template)
             except BadDocumentError as error:
-                skipped.add(f"{where}: {error}")
+                skipped.take(f"{where}: {error}", "skip")
                 if on_error == "stop" and len(problems) < _SHOWN_PROBLEMS:
                     problems.append(f"{where}: {error}.")
                 continue

@@ -150,6 +150,11 @@ class FinetuneSettings:
         if self.instruction_template.strip() == self.response_template.strip():
             yield "--instruction_template and --response_template are the same: questions and answers must differ."
 
+    @property
+    def wandb(self) -> bool:
+        """What `train.monitor.wandb_run` asks for; the seeds' flag is called --use_wandb."""
+        return self.use_wandb
+
     def with_line_ends(self) -> FinetuneSettings:
         """The same settings with a literal backslash-n in the templates turned into a line end, as shells pass it."""
         return dataclasses.replace(

@@ -1,0 +1,147 @@
+"""The one owner of a finetuning run's file names.
+
+While it trains, everything is in `.NAME.unfinished-run` beside the output, where the same command finds it again and
+goes on. When all is proven, `whole/` inside it is renamed to the output: that name never shows half a model.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from train.finetune.settings import FinetuneSettings
+from train.settings import setting
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_KEPT_NAMES = ("log", "tensorboard", "wandb", "metrics.jsonl", "recipe.yaml", "deepspeed_config.json")
+
+
+@dataclass(frozen=True)
+class FinetuneFolder:
+    """Names of one run's files.
+
+    Attributes:
+        output: the folder that --output_dir names.
+    """
+
+    output: Path
+
+    @property
+    def root(self) -> Path:
+        return self.output.with_name(f".{self.output.name}.unfinished-run")
+
+    @property
+    def identity(self) -> Path:
+        """Settings and inputs of the unfinished run, to tell whether a call means the same one."""
+        return self.root / "identity.json"
+
+    @property
+    def plan(self) -> Path:
+        """What the ranks read."""
+        return self.root / "plan.yaml"
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved settings: running that file again gives the same run."""
+        return self.root / "recipe.yaml"
+
+    @property
+    def deepspeed_config(self) -> Path:
+        return self.root / "deepspeed_config.json"
+
+    @property
+    def train_examples(self) -> Path:
+        return self.root / "train.arrow"
+
+    @property
+    def eval_examples(self) -> Path:
+        return self.root / "eval.arrow"
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """The tokenizer's files as they came, and the chat template."""
+        return self.root / "tokenizer"
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        return self.root / "checkpoint"
+
+    @property
+    def model_dir(self) -> Path:
+        """The trained model, and when it is proven all else that makes the output."""
+        return self.root / "model"
+
+    @property
+    def golden_logits(self) -> Path:
+        return self.root / "golden_logits.safetensors"
+
+    @property
+    def saved(self) -> Path:
+        """What the first rank says of the weights it saved: compared with the live ones, tensor by tensor."""
+        return self.root / "saved.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def tensorboard_dir(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
+    def outcome(self) -> Path:
+        return self.root / "outcome.json"
+
+    @property
+    def extensions_dir(self) -> Path:
+        return self.root / "torch_extensions"
+
+    def log(self, host: str, time: str) -> Path:
+        return self.root / "log" / f"{host}_{time}.log"
+
+    def is_unfinished(self) -> bool:
+        """Whether there is a run to go on with."""
+        return self.identity.is_file()
+
+    def checkpoint(self) -> Path | None:
+        """The newest whole checkpoint: a run killed while saving leaves one without its mark."""
+        if not self.checkpoint_dir.is_dir():
+            return None
+        found = [(_CHECKPOINT.fullmatch(path.name), path) for path in self.checkpoint_dir.iterdir()]
+        steps = [(int(match[1]), path) for match, path in found if match and checkpoint_mark(path).is_file()]
+        return max(steps)[1] if steps else None
+
+    def add_records(self) -> None:
+        """Copies what tells about the run beside the model. Copies: a killed launch still has its own to go on with."""
+        for name in _KEPT_NAMES:
+            source = self.root / name
+            if source.is_dir():
+                shutil.copytree(source, self.model_dir / name, symlinks=True)
+            elif source.is_file():
+                shutil.copyfile(source, self.model_dir / name)
+
+    def publish(self) -> None:
+        """Gives the output its name, replacing what is there, and removes what only training needed."""
+        if self.output.exists():
+            self.output.rename(self.root / "replaced")
+        self.model_dir.rename(self.output)
+        shutil.rmtree(self.root)
+
+
+def checkpoint_mark(checkpoint: Path) -> Path:
+    """The file that says a checkpoint is whole, written last."""
+    return checkpoint / "whole"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the launcher has found out, for the ranks."""
+
+    finetune: FinetuneSettings
+    model_dir: Path = setting(help="folder of the base model")
+    device: str = setting(help="cuda or cpu")
+    deepspeed_config: Path | None = setting(help="DeepSpeed JSON; None trains without")
+    resume_from: Path | None = setting(help="checkpoint to go on from; None starts from the base model")
+    added_tokens: int = setting(help="tokens added to the tokenizer, for which the embeddings grow")

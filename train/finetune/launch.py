@@ -1,0 +1,393 @@
+"""Step 4's launch: check everything, prepare the examples, train, prove what came out, give it its name.
+
+    finetune(settings.parse(FinetuneSettings, argv, ...))
+
+Called again after an interruption, it goes on from the last whole checkpoint; when all is done it says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train import manifest, outcome, process
+from train import settings as settings_module
+from train.checkpoint import lineage, verification
+from train.cluster import allocation as allocations
+from train.cluster.allocation import Allocation
+from train.errors import UserError, refuse
+from train.finetune import deepspeed_config, inputs
+from train.finetune.examples import Account
+from train.finetune.folder import FinetuneFolder, Plan
+from train.finetune.settings import FinetuneSettings
+from train.monitor import progress, wandb_run
+from train.process import Command
+
+STEP = "finetune_model"
+_CURVE_POINTS = 100
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a run reads, found and checked."""
+
+    model_dir: Path
+    tokenizer_dir: Path
+    data_files: tuple[Path, ...]
+    eval_files: tuple[Path, ...]
+
+    def files(self) -> list[Path]:
+        found = inputs.model_files(self.model_dir)
+        if self.tokenizer_dir != self.model_dir:
+            found += [self.tokenizer_dir / name for name in inputs.TOKENIZER_FILES]
+        return [file for file in [*found, *self.data_files, *self.eval_files] if file.is_file()]
+
+
+def finetune(settings: FinetuneSettings) -> int:
+    """Finetunes `settings.model_name_or_path` into `settings.output_dir`, or with --dry_run prints what would run.
+
+    Raises:
+        UserError: an input, a setting or the machine does not allow it; nothing was started then.
+        NonFiniteLossError: the loss became NaN or infinite.
+        VerificationError: what was saved is not what was trained.
+    """
+    settings = settings.with_line_ends()
+    folder = FinetuneFolder(settings.output_dir.absolute())
+    where = allocations.find(num_processes=settings.num_processes, device=settings.device)
+    if settings.dry_run:
+        return _dry_run(settings, where, folder)
+    started = time.time()
+    found = _find_inputs(settings)
+    plain = settings_module.to_plain(settings)
+    if not settings.overwrite and manifest.is_done(folder.output, step=STEP, settings=plain, inputs=found.files()):
+        verification.require(folder.output, hash_files=False)
+        print(f"{folder.output} is there for the same settings and inputs: nothing to do (--overwrite trains again).")
+        shutil.rmtree(folder.root, ignore_errors=True)
+        return 0
+    _refuse_output(folder.output, overwrite=settings.overwrite)
+    _check_machine(settings, where)
+    with _claimed(folder):
+        identity = _identity(plain, found, where)
+        resume_from = _begin(settings, folder, identity)
+        account, eval_account, plan = _prepare(settings, found, where, folder, resume_from)
+        folder.identity.write_text(json.dumps(identity, indent=2) + "\n")  # from here on one can go on with it
+        _train(plan, where, folder)
+        checks = _prove(folder)
+        folder.add_records()
+        verification.write(folder.model_dir, checks)
+        results = _results(settings, found, where, account, eval_account, checks, folder.metrics)
+        manifest.write(
+            folder.model_dir / manifest.FILE_NAME,
+            step=STEP,
+            settings=plain,
+            inputs=found.files(),
+            results=results,
+            started=started,
+        )
+        folder.publish()
+    print(f"loss {results['first_loss']:.4f} -> {results['last_loss']:.4f} in {results['steps']:,} steps")
+    print(f"wrote {folder.output}")
+    return 0
+
+
+def build_command(settings: FinetuneSettings, where: Allocation, folder: FinetuneFolder) -> Command:
+    """The command that trains on `where`: one process plainly, several or DeepSpeed through torchrun."""
+    config = _deepspeed_file(settings, folder)
+    argv = [sys.executable, "-m"]
+    if where.world_size > 1 or config is not None:
+        argv += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(where.processes_per_host), "-m"]
+    argv += ["train.finetune.worker", "--output_dir", str(folder.output)]
+    environment = {
+        "HF_HUB_OFFLINE": "1",  # all is here by now; ranks need not ask
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_EXTENSIONS_DIR": str(folder.extensions_dir),
+    }
+    if where.device == "cpu":
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+        if "OMP_NUM_THREADS" not in os.environ:
+            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // where.processes_per_host))
+    elif where.world_size == 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        environment["CUDA_VISIBLE_DEVICES"] = "0"  # else the trainer would spread one process over all GPUs
+    files = {}
+    if settings.zero_stage:
+        rendered = deepspeed_config.build(settings.zero_stage, device=where.device)
+        files[folder.deepspeed_config] = json.dumps(rendered, indent=2) + "\n"
+    return Command(tuple(argv), environment, files=files)
+
+
+def _dry_run(settings: FinetuneSettings, where: Allocation, folder: FinetuneFolder) -> int:
+    command = build_command(settings, where, folder)
+    print(f"where: {where.reason}")
+    print(f"batch: {_layout(settings, where)}")
+    print(f"output: {folder.output}")
+    for file, text in command.files.items():
+        print(f"\n# {file}\n{text.rstrip()}")
+    print(f"\n{command.text()}")
+    return 0
+
+
+def _layout(settings: FinetuneSettings, where: Allocation) -> str:
+    micro, accumulation = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
+    return (
+        f"{micro * accumulation * where.world_size} examples per step = {micro} per process x {where.world_size} "
+        f"processes x {accumulation} accumulation steps"
+    )
+
+
+def _deepspeed_file(settings: FinetuneSettings, folder: FinetuneFolder) -> Path | None:
+    return (
+        settings.deepspeed.absolute()
+        if settings.deepspeed
+        else folder.deepspeed_config
+        if settings.zero_stage
+        else None
+    )
+
+
+def _find_inputs(settings: FinetuneSettings) -> _Inputs:
+    """Finds everything, and reports everything that is missing at once."""
+    problems: list[str] = []
+
+    def attempt(find: Any, *arguments: Any, **options: Any) -> Any:
+        try:
+            return find(*arguments, **options)
+        except UserError as error:
+            problems.extend(error.problems)
+            return None
+
+    model_dir = attempt(inputs.find_model, settings.model_name_or_path, flag="--model_name_or_path")
+    tokenizer_dir = model_dir
+    if settings.tokenizer_name_or_path is not None:
+        name, flag = settings.tokenizer_name_or_path, "--tokenizer_name_or_path"
+        tokenizer_dir = attempt(inputs.find_model, name, flag=flag, with_weights=False)
+    data_files = attempt(inputs.find_data, settings.data_files, flag="--data_files")
+    eval_files: tuple[Path, ...] = ()
+    if settings.eval_data_files:
+        eval_files = attempt(inputs.find_data, settings.eval_data_files, flag="--eval_data_files")
+    if settings.deepspeed is not None:
+        problems.extend(_deepspeed_problems(settings.deepspeed))
+    refuse(problems)
+    return _Inputs(model_dir, tokenizer_dir, data_files, eval_files)
+
+
+def _deepspeed_problems(file: Path) -> Iterator[str]:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        yield f"--deepspeed {file} cannot be read ({error}): name a DeepSpeed JSON file."
+    except json.JSONDecodeError as error:
+        yield f"--deepspeed {file} is not JSON ({error}): mend it, or use --zero_stage."
+    else:
+        if not isinstance(config, dict):
+            yield f"--deepspeed {file} holds no JSON object: name a DeepSpeed configuration, or use --zero_stage."
+
+
+def _refuse_output(output: Path, *, overwrite: bool) -> None:
+    if output.is_file():
+        raise UserError(f"--output_dir {output} is a file, a folder name was expected: choose another output.")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise UserError(f"--output_dir {output} exists already: pass --overwrite to replace it, or choose another.")
+
+
+def _check_machine(settings: FinetuneSettings, where: Allocation) -> None:
+    problems = []
+    if where.device == "cpu" and settings.fp16:
+        problems.append("--fp16 needs a GPU, and there is none here: use --bf16, or neither.")
+    if settings.use_flash_attention_2:
+        from importlib.util import find_spec
+
+        if where.device == "cpu" or find_spec("flash_attn") is None:
+            problems.append(
+                "--use_flash_attention_2 needs a GPU and the package flash-attn: install it, or leave it out."
+            )
+    if not settings.use_fast:
+        print("--use_fast False: the fast tokenizer is used all the same; step 3 proves that it gives the same ids.")
+    refuse(problems)
+
+
+def _with_wandb_group(settings: FinetuneSettings) -> FinetuneSettings:
+    """Names the W&B group here, once, so that all nodes land in the same one."""
+    if not settings.use_wandb or settings.wandb_group:
+        return settings
+    name = Path(settings.model_name_or_path).name
+    return dataclasses.replace(settings, wandb_group=wandb_run.group_name("finetune", name, socket.gethostname()))
+
+
+def _identity(plain: Mapping[str, Any], found: _Inputs, where: Allocation) -> dict[str, Any]:
+    """What makes a run this run and no other. Another number of processes cannot go on with its checkpoints."""
+    files = {str(file): manifest.identity(file) for file in found.files()}
+    record = {"settings": dict(plain), "inputs": files, "processes": where.world_size, "device": where.device}
+    return dict(json.loads(json.dumps(record)))
+
+
+@contextlib.contextmanager
+def _claimed(folder: FinetuneFolder) -> Iterator[None]:
+    """Keeps a second launch with the same output away."""
+    folder.root.mkdir(parents=True, exist_ok=True)
+    with (folder.root / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder.output} is being made by another process: wait for it.") from None
+        try:
+            yield
+        finally:
+            if folder.root.is_dir() and not folder.is_unfinished():  # nothing worth going on with
+                shutil.rmtree(folder.root)
+
+
+def _begin(settings: FinetuneSettings, folder: FinetuneFolder, identity: dict[str, Any]) -> Path | None:
+    """Starts anew or goes on: the checkpoint to go on from, or None.
+
+    Raises:
+        UserError: an unfinished run with other settings or inputs is in the way.
+    """
+    if folder.is_unfinished() and settings.resume == "auto":
+        former = json.loads(folder.identity.read_text(encoding="utf-8"))
+        differences = list(_differences(former, identity))
+        if differences:
+            raise UserError(
+                f"{folder.output} has an unfinished run that differs in {'; '.join(differences)}: use what it used, or "
+                "pass --resume never to start again."
+            )
+    else:
+        for path in folder.root.iterdir():
+            if path.name != "lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    folder.outcome.unlink(missing_ok=True)
+    shutil.rmtree(folder.model_dir, ignore_errors=True)
+    checkpoint = folder.checkpoint()
+    step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    progress.cut_after(folder.metrics, step)
+    if checkpoint:
+        print(f"going on from step {step:,} of an unfinished run")
+    return checkpoint
+
+
+def _differences(former: Any, current: Any, path: str = "") -> Iterator[str]:
+    if isinstance(former, dict) and isinstance(current, dict):
+        for key in sorted(former.keys() | current.keys()):
+            yield from _differences(former.get(key), current.get(key), key if path in ("", "settings") else path)
+    elif former != current:
+        yield f"{path} ({former!r}, now {current!r})"
+
+
+def _prepare(
+    settings: FinetuneSettings, found: _Inputs, where: Allocation, folder: FinetuneFolder, resume_from: Path | None
+) -> tuple[Account, Account | None, Plan]:
+    """Tokenizer, chat template, examples and plan, in the unfinished folder. What is wrong with the data ends here."""
+    from train.finetune import chat_template, examples, masks
+
+    inputs.copy_tokenizer(found.tokenizer_dir, folder.tokenizer_dir)
+    tokenizer = inputs.load_tokenizer(folder.tokenizer_dir)
+    added = 0
+    if settings.additional_special_tokens:
+        added = inputs.add_tokens(folder.tokenizer_dir, settings.additional_special_tokens)
+        tokenizer = inputs.load_tokenizer(folder.tokenizer_dir)
+    refuse(inputs.fit_problems(found.model_dir, tokenizer, max_seq_length=settings.max_seq_length, added_tokens=added))
+    template, notice = chat_template.choose(
+        tokenizer,
+        instruction_template=settings.instruction_template,
+        response_template=settings.response_template,
+    )
+    tokenizer.chat_template = template
+    (folder.tokenizer_dir / "chat_template.jinja").write_text(template, encoding="utf-8")
+    if notice:
+        print(f"note: {notice}")
+    account = examples.prepare(tokenizer, found.data_files, settings, folder.train_examples)
+    print(account.summary())
+    if account.shown:
+        masks.print_examples(tokenizer, account.shown, stream=sys.stdout)
+    eval_account = None
+    if found.eval_files:
+        eval_account = examples.prepare(tokenizer, found.eval_files, settings, folder.eval_examples)
+        print(f"held out: {eval_account.summary()}")
+    plan = Plan(
+        finetune=_with_wandb_group(settings),
+        model_dir=found.model_dir,
+        device=where.device,
+        deepspeed_config=_deepspeed_file(settings, folder),
+        resume_from=resume_from,
+        added_tokens=added,
+    )
+    folder.plan.write_text(settings_module.to_yaml(plan), encoding="utf-8")
+    folder.recipe.write_text(settings_module.to_yaml(settings), encoding="utf-8")
+    return account, eval_account, plan
+
+
+def _train(plan: Plan, where: Allocation, folder: FinetuneFolder) -> None:
+    print(f"where: {where.reason}")
+    print(f"batch: {_layout(plan.finetune, where)}", flush=True)
+    log = folder.log(socket.gethostname(), time.strftime("%Y.%m.%d_%H.%M.%S"))
+    status = process.run(build_command(plan.finetune, where, folder), log=log)
+    outcome.check(folder.outcome, status, log=log)
+
+
+def _prove(folder: FinetuneFolder) -> dict[str, Any]:
+    """Loads what was saved anew, in this process, and holds it against the live model's numbers.
+
+    Raises:
+        VerificationError: it is not what was trained.
+    """
+    from train.checkpoint import verify
+
+    saved = json.loads(folder.saved.read_text(encoding="utf-8"))
+    for file in folder.tokenizer_dir.iterdir():  # the folder is loaded as its users will
+        shutil.copyfile(file, folder.model_dir / file.name)
+    checks = verify.verify(folder.model_dir, verify.Source(golden_logits=folder.golden_logits))
+    checks["weights"] |= {"compared_with": "the live weights of the training process", **saved}
+    checks["tokenizer"] |= {"compared_with": "none: the base model's own files, byte for byte, and a chat template"}
+    print(verify.summary(checks))
+    return checks
+
+
+def _results(
+    settings: FinetuneSettings,
+    found: _Inputs,
+    where: Allocation,
+    account: Account,
+    eval_account: Account | None,
+    checks: Mapping[str, Any],
+    metrics: Path,
+) -> dict[str, Any]:
+    """The run in numbers, read from its own metrics."""
+    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    curve = [[record["step"], record["loss"]] for record in records if "loss" in record]
+    evaluations = [record for record in records if "eval_loss" in record]
+    every = max(1, -(-len(curve) // _CURVE_POINTS))
+    return {
+        "method": "full",
+        "base_model": settings.model_name_or_path,
+        "examples": account.as_dict(),
+        "eval_examples": eval_account.as_dict() if eval_account else None,
+        "layout": {
+            "world_size": where.world_size,
+            "device": where.device,
+            "zero_stage": settings.zero_stage,
+            "examples_per_step": settings.per_device_train_batch_size
+            * settings.gradient_accumulation_steps
+            * where.world_size,
+        },
+        "parameters": checks["weights"]["parameters"],
+        "steps": records[-1]["step"],
+        "tokens": max(record.get("tokens", 0) for record in records),
+        "first_loss": curve[0][1],
+        "last_loss": curve[-1][1],
+        "first_eval_loss": evaluations[0]["eval_loss"] if evaluations else None,
+        "eval_loss": evaluations[-1]["eval_loss"] if evaluations else None,
+        "eval_perplexity": evaluations[-1]["eval_perplexity"] if evaluations else None,
+        "loss_curve": curve[::every] + ([curve[-1]] if (len(curve) - 1) % every else []),
+        "lineage": lineage.trace(file for file in found.files() if file.name != manifest.FILE_NAME),
+    }

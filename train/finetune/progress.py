@@ -1,0 +1,108 @@
+"""What a finetuning tells while it runs: a line for people, a JSON object for programs, W&B for each node.
+
+The keys in metrics.jsonl are those of pretraining: step, tokens, loss, lr, grad_norm, tokens_per_second, eval_loss,
+eval_perplexity; `epoch` and `token_accuracy` are added.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch.distributed
+from transformers import TrainerCallback
+
+from train.finetune.folder import checkpoint_mark
+from train.monitor.progress import duration
+
+
+class Reporting(TrainerCallback):
+    """Prints, keeps and forwards what the trainer logs. Every rank has one; most of them stay silent.
+
+    Args:
+        metrics: the file that receives a JSON object per line; written by the first rank.
+        wandb_run: this node's W&B run, or None.
+    """
+
+    def __init__(self, metrics: Path, wandb_run: Any) -> None:
+        self._metrics = metrics
+        self._wandb_run = wandb_run
+        self._last_step = self._last_tokens = self._tokens_before = 0
+        self._step_began, self._seconds = 0.0, 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._last_step = state.global_step
+        self._tokens_before = _tokens(self._metrics)  # a resumed trainer counts from zero
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._step_began = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._seconds += time.monotonic() - self._step_began  # saving and evaluating are not training
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        logs = logs or {}
+        if not state.is_world_process_zero:
+            return
+        if self._wandb_run is not None:  # other nodes' runs show the machine only, as in the seeds
+            self._wandb_run.log(logs, step=state.global_step)
+        if "loss" in logs:
+            self._training(state, logs)
+        elif "eval_loss" in logs:
+            self._evaluation(state, logs)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Marks a checkpoint once every rank's part of it is on disk."""
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        if state.is_world_process_zero:
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            checkpoint_mark(checkpoint).touch()
+            print(f"step {state.global_step:,}: checkpoint saved", flush=True)
+
+    def _training(self, state: Any, logs: dict[str, float]) -> None:
+        seconds = max(self._seconds, 1e-9)
+        steps = state.global_step - self._last_step
+        tokens = int(logs.get("num_tokens", 0))
+        rate = (tokens - self._last_tokens) / seconds
+        left_s = (state.max_steps - state.global_step) * seconds / max(steps, 1)
+        self._last_step, self._last_tokens, self._seconds = state.global_step, tokens, 0.0
+        norm = logs.get("grad_norm")
+        print(
+            f"step {state.global_step:,}/{state.max_steps:,} ({state.global_step / state.max_steps:.0%})"
+            f" | epoch {logs.get('epoch', 0):.2f} | loss {logs['loss']:.4f} | lr {logs['learning_rate']:.2e}"
+            + ("" if norm is None else f" | grad norm {norm:.2f}")
+            + f" | {rate:,.0f} tokens/s | {duration(left_s)} left",
+            flush=True,
+        )
+        record = {
+            "step": state.global_step,
+            "epoch": logs.get("epoch"),
+            "tokens": self._tokens_before + tokens,
+            "loss": logs["loss"],
+            "lr": logs["learning_rate"],
+            "tokens_per_second": round(rate, 1),
+            "token_accuracy": logs.get("mean_token_accuracy"),
+        }
+        self._write(record if norm is None else record | {"grad_norm": norm})
+
+    def _evaluation(self, state: Any, logs: dict[str, float]) -> None:
+        loss = logs["eval_loss"]
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        print(f"step {state.global_step:,}: held-out loss {loss:.4f}, perplexity {perplexity:,.2f}", flush=True)
+        self._write({"step": state.global_step, "eval_loss": loss, "eval_perplexity": perplexity})
+
+    def _write(self, record: dict[str, Any]) -> None:
+        with self._metrics.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(record) + "\n")
+
+
+def _tokens(metrics: Path) -> int:
+    """The tokens that a run has trained on so far."""
+    if not metrics.is_file():
+        return 0
+    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    return max((record.get("tokens", 0) for record in records), default=0)

@@ -1,0 +1,138 @@
+"""TRL's SFTTrainer, with an eye on each batch and a proof of what is saved.
+
+Examples come tokenized, with labels (`train.finetune.examples`), so TRL neither renders nor masks anything again:
+what was shown to the user is what is trained.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from trl import SFTTrainer
+
+from train import outputs
+from train.errors import NonFiniteLossError, UserError, VerificationError
+from train.finetune.folder import FinetuneFolder
+from train.finetune.masks import IGNORED
+
+_GOLDEN_TOKENS = 64
+
+
+class FinetuneTrainer(SFTTrainer):
+    """See the module."""
+
+    def __init__(self, *, folder: FinetuneFolder, **arguments: Any) -> None:
+        self._folder = folder
+        super().__init__(**arguments)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+        """One micro batch; stops the run when it trains nothing, or when its loss is no number."""
+        step = self.state.global_step + 1
+        if not bool((inputs["labels"][..., 1:] != IGNORED).any()):
+            raise UserError(f"step {step}: a batch has no token to train; this should have been seen before. Stopped.")
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not bool(torch.isfinite(loss)):
+            raise self._non_finite(step, float(loss))
+        return loss
+
+    def _non_finite(self, step: int, loss: float) -> NonFiniteLossError:
+        good = self._folder.checkpoint()
+        last = "there is no checkpoint yet" if good is None else f"the last good checkpoint is {good}"
+        return NonFiniteLossError(
+            f"step {step:,}: the loss is {loss}; {last}. Lower --learning_rate, raise --warmup_ratio, or use --bf16"
+            " instead of --fp16; --resume never starts again."
+        )
+
+
+def write_golden_logits(trainer: FinetuneTrainer, to: Path) -> None:
+    """Keeps the live model's logits on the beginning of the first example, by which the saved folder is proven.
+
+    All ranks take part: under ZeRO-3 none has the whole model.
+    """
+    from safetensors.torch import save_file
+
+    examples: Any = trainer.train_dataset
+    input_ids = torch.tensor([examples[0]["input_ids"][:_GOLDEN_TOKENS]])
+    model = trainer.model_wrapped if trainer.is_deepspeed_enabled else _plain_model(trainer)
+    model.eval()
+    with torch.no_grad():
+        logits = model(input_ids=input_ids.to(trainer.args.device), use_cache=False).logits
+    if trainer.is_world_process_zero():
+        dtype = str(next(_plain_model(trainer).parameters()).dtype)
+        tensors = {"input_ids": input_ids, "logits": logits.float().cpu().contiguous()}
+        save_file(tensors, to, metadata={"dtype": dtype})
+
+
+def save(trainer: FinetuneTrainer, folder: FinetuneFolder) -> None:
+    """Saves weights and configuration, and holds what is on disk against the live weights, bit by bit.
+
+    Raises:
+        VerificationError: a tensor is missing in what was saved, or differs.
+    """
+    trainer.save_model(str(folder.model_dir))
+    if trainer.is_world_process_zero():
+        for file in folder.model_dir.iterdir():
+            is_ours = file.name in ("config.json", "generation_config.json") or ".safetensors" in file.name
+            if not is_ours:  # the tokenizer, saved anew: the original files are copied instead
+                file.unlink()
+    report = _compare(trainer, folder.model_dir)
+    if trainer.is_world_process_zero():
+        outputs.write_text(folder.saved, json.dumps(report) + "\n")
+
+
+def _compare(trainer: FinetuneTrainer, model_dir: Path) -> dict[str, Any]:
+    stored = _stored_tensors(model_dir) if trainer.is_world_process_zero() else {}
+    count, largest, wrong = 0, 0.0, []
+    for name, live in _whole_parameters(_plain_model(trainer)):
+        if not trainer.is_world_process_zero():
+            continue
+        count += 1
+        if name not in stored:
+            wrong.append(f"{name} was not saved.")
+            continue
+        saved = stored[name]()
+        if saved.shape != live.shape:
+            wrong.append(f"{name} was saved as {list(saved.shape)}, it is {list(live.shape)}.")
+        elif not torch.equal(saved, live.cpu()):
+            largest = max(largest, float((saved.double() - live.cpu().double()).abs().max()))
+            wrong.append(f"{name} was saved differently from what was trained.")
+    if wrong:
+        raise VerificationError(wrong)
+    return {"tensors": count, "max_abs_difference": largest}
+
+
+def _stored_tensors(model_dir: Path) -> dict[str, Any]:
+    """For each tensor on disk, a function that reads it."""
+    from safetensors import safe_open
+
+    readers: dict[str, Any] = {}
+    for file in sorted(model_dir.glob("*.safetensors")):
+        stored: Any = safe_open(file, framework="pt")
+        for name in stored.keys():  # noqa: SIM118  safe_open is no mapping
+            readers[name] = lambda stored=stored, name=name: stored.get_tensor(name)
+    return readers
+
+
+def _whole_parameters(model: Any) -> Iterator[tuple[str, Any]]:
+    """Each parameter, gathered when ZeRO-3 has spread it; tied ones once."""
+    for name, parameter in model.named_parameters():
+        with _gathered(parameter):
+            yield name, parameter.detach()
+
+
+def _gathered(parameter: Any) -> contextlib.AbstractContextManager[Any]:
+    if not hasattr(parameter, "ds_id"):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([parameter])
+
+
+def _plain_model(trainer: FinetuneTrainer) -> Any:
+    """The model without wrappers, and without the automatic precision that training adds to its forward pass."""
+    return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
