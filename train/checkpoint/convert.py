@@ -17,6 +17,7 @@ from train import settings as settings_module
 from train.checkpoint import kind, lineage, parity_texts, verification
 from train.errors import UserError
 from train.settings import setting
+from train.tokenizer.convert import convert_tokenizer, read_model
 from train.tokenizer.special_tokens import EOD_TOKEN
 
 STEP = "convert_to_huggingface"
@@ -59,7 +60,7 @@ def convert(settings: ConvertSettings) -> int:
         return 0
     started = time.time()
     tokenizer_file = settings.input_tokenizer_file
-    vocab_size = vocabulary_size(tokenizer_file)
+    vocab_size = len(read_model(tokenizer_file).pieces)
     checkpoint_dir, chosen = kind.resolve(settings.input_model_dir)
     found = kind.detect(checkpoint_dir)
     inputs = (tokenizer_file, *found.files)
@@ -75,7 +76,6 @@ def convert(settings: ConvertSettings) -> int:
 
     with outputs.new_folder(output_dir, overwrite=settings.overwrite) as folder:
         from train.checkpoint import export, verify
-        from train.tokenizer.convert import convert_tokenizer
 
         convert_tokenizer(tokenizer_file, folder, model_max_length=settings.input_model_max_length)
         result = export.export(
@@ -122,25 +122,6 @@ def _plan(settings: ConvertSettings) -> str:
             "then verify weights, logits, tokenizer and configuration from the written files",
         )
     )
-
-
-def vocabulary_size(tokenizer_file: Path) -> int:
-    """The number of pieces, of which reading the model is the check.
-
-    Raises:
-        UserError: the file is missing or is not a SentencePiece model.
-    """
-    from sentencepiece import SentencePieceProcessor
-
-    if not tokenizer_file.is_file():
-        wrong = "is a folder" if tokenizer_file.is_dir() else "does not exist"
-        raise UserError(f"--input_tokenizer_file {tokenizer_file} {wrong}: name the .model file that step 1 wrote.")
-    try:
-        return int(SentencePieceProcessor(model_file=str(tokenizer_file)).get_piece_size())
-    except (RuntimeError, OSError):
-        raise UserError(
-            f"--input_tokenizer_file {tokenizer_file} is not a SentencePiece model: name the .model file of step 1."
-        ) from None
 
 
 def _refuse_other_tokenizer(tokenizer_file: Path, records: list[dict[str, Any]]) -> None:

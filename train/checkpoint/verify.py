@@ -206,16 +206,20 @@ def _check_tokenizer(folder: Path, tokenizer: Any, source: Source, problems: lis
     record: dict[str, Any] = {"vocab_size": len(tokenizer), "compared_with": "none: no SentencePiece model was given"}
     if source.tokenizer_model is None:
         return record
-    from train.tokenizer.parity import check_parity
+    from train.tokenizer.parity import compare
 
-    report = check_parity(source.tokenizer_model, folder, source.parity_texts)
-    if report.mismatches:
-        problems.append(f"the converted tokenizer differs from {source.tokenizer_model.name}: {report.summary()}")
+    report = compare(source.tokenizer_model, folder, source.parity_texts)
+    if not report.passed:
+        problems.append(
+            f"the converted tokenizer differs from {source.tokenizer_model.name} in {report.mismatched_ids} ids and "
+            f"{report.mismatched_decodes} decodes of {report.texts} texts; first: {report.first_difference}."
+        )
     return record | {
         "compared_with": source.tokenizer_model.name,
-        "texts": len(source.parity_texts),
+        "texts": report.texts,
         "texts_from": source.parity_source,
-        "mismatches": report.mismatches,
+        "tokens": report.tokens,
+        "mismatches": report.mismatched_ids + report.mismatched_decodes,
     }
 
 

@@ -15,6 +15,7 @@ from train import manifest
 from train.checkpoint import convert, export, kind, lineage, parity_texts, verification
 from train.errors import UserError, VerificationError
 from train.settings import setting
+from train.tokenizer.convert import read_model
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def _source(folder: Path, settings: VerifySettings, tokenizer_file: Path | None,
     texts: list[str] = []
     texts_from = "none"
     if tokenizer_file is not None:
-        convert.vocabulary_size(tokenizer_file)
+        read_model(tokenizer_file)
         made_from = [tokenizer_file, *(kind.detect(checkpoint_dir).files if checkpoint_dir else ())]
         records = lineage.trace(made_from)
         texts, texts_from = parity_texts.collect(settings.parity_text_files, records, limit=settings.parity_documents)
