@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,19 @@ def test_only_the_leading_rank_reports_success(tmp_path: Path) -> None:
     assert outcome.read(file) is None
     assert outcome.record(file, lambda: None) == 0
     outcome.check(file, 0, log=tmp_path / "log")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_rank_says_so(tmp_path: Path, number: signal.Signals) -> None:
+    file = tmp_path / "outcome.json"
+    former = signal.getsignal(signal.SIGTERM)
+    try:
+        assert outcome.record(file, lambda: signal.raise_signal(number)) == EXIT_INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, former)
+    with pytest.raises(UserError, match="goes on from the last checkpoint") as caught:
+        outcome.check(file, 1, log=tmp_path / "log")
+    assert caught.value.exit_code == EXIT_INTERRUPTED
 
 
 def test_our_own_mistakes_keep_their_traceback(tmp_path: Path) -> None:

@@ -12,12 +12,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from train.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, UserError
 
+_INTERRUPTED = "interrupted: the same command goes on from the last checkpoint."
 _SIGNALS_OF_THE_USER = (130, 143)  # 128 + SIGINT, 128 + SIGTERM
 
 
@@ -66,11 +69,16 @@ def record(path: Path, body: Callable[[], None], *, leads: bool = True) -> int:
         body: the work of this rank.
         leads: whether this rank (the first one) also reports success.
     """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's way to interrupt
     try:
         body()
     except UserError as error:
         write(path, error.exit_code, error.problems)
         return error.exit_code
+    except KeyboardInterrupt:
+        write(path, EXIT_INTERRUPTED, (_INTERRUPTED,))
+        return EXIT_INTERRUPTED
     if leads:
         write(path, EXIT_OK)
     return EXIT_OK
@@ -90,8 +98,9 @@ def check(path: Path, exit_status: int, *, log: Path) -> None:
     outcome = read(path)
     if outcome is not None and outcome.exit_code != EXIT_OK:
         raise UserError(outcome.problems, exit_code=outcome.exit_code)
-    if exit_status in _SIGNALS_OF_THE_USER:
-        raise UserError("interrupted: the same command goes on from the last checkpoint.", exit_code=EXIT_INTERRUPTED)
+    if exit_status in _INTERRUPTED = "interrupted: the same command goes on from the last checkpoint."
+_SIGNALS_OF_THE_USER:
+        raise UserError(_INTERRUPTED, exit_code=EXIT_INTERRUPTED)
     if exit_status != EXIT_OK:
         raise UserError(
             f"training broke off with status {exit_status}: the traceback is above, and in {log}.",
