@@ -98,8 +98,7 @@ def check(path: Path, exit_status: int, *, log: Path) -> None:
     outcome = read(path)
     if outcome is not None and outcome.exit_code != EXIT_OK:
         raise UserError(outcome.problems, exit_code=outcome.exit_code)
-    if exit_status in _INTERRUPTED = "interrupted: the same command goes on from the last checkpoint."
-_SIGNALS_OF_THE_USER:
+    if exit_status in _SIGNALS_OF_THE_USER:
         raise UserError(_INTERRUPTED, exit_code=EXIT_INTERRUPTED)
     if exit_status != EXIT_OK:
         raise UserError(
