@@ -112,8 +112,9 @@ def build_command(settings: FinetuneSettings, where: Allocation, folder: Finetun
         "HF_HUB_OFFLINE": "1",  # all is here by now; ranks need not ask
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "TORCH_EXTENSIONS_DIR": str(folder.extensions_dir),
     }
+    if "TORCH_EXTENSIONS_DIR" not in os.environ:  # the run's own: a killed build leaves a lock that hangs others
+        environment["TORCH_EXTENSIONS_DIR"] = str(folder.extensions_dir)
     if where.device == "cpu":
         environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
         if "OMP_NUM_THREADS" not in os.environ:

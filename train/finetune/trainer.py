@@ -40,12 +40,20 @@ class FinetuneTrainer(SFTTrainer):
             raise self._non_finite(step, float(loss))
         return loss
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """A checkpoint with NaN in it would be taken for a good one."""
+        for parameter in self.model.parameters():
+            own_part = getattr(parameter, "ds_tensor", parameter)  # under ZeRO-3 a rank holds a part
+            if not bool(torch.isfinite(own_part).all()):
+                raise self._non_finite(self.state.global_step, float("nan"))
+        super()._save_checkpoint(model, trial)
+
     def _non_finite(self, step: int, loss: float) -> NonFiniteLossError:
         good = self._folder.checkpoint()
         last = "there is no checkpoint yet" if good is None else f"the last good checkpoint is {good}"
         return NonFiniteLossError(
-            f"step {step:,}: the loss is {loss}; {last}. Lower --learning_rate, raise --warmup_ratio, or use --bf16"
-            " instead of --fp16; --resume never starts again."
+            f"step {step:,}: loss or weights are {loss}; {last}. Lower --learning_rate, raise --warmup_ratio, or use"
+            " --bf16 instead of --fp16; --resume never starts again."
         )
 
 

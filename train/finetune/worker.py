@@ -40,7 +40,7 @@ def train(plan: Plan, folder: FinetuneFolder) -> None:
     from train.finetune.progress import Reporting
 
     logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message=".*checkpointing.* is deprecated", category=FutureWarning)  # TRL's names
+    warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' affair: hundreds under DeepSpeed
     arguments = training_arguments(plan, folder)
     if plan.deepspeed_config is not None and plan.device == "cpu":
         import deepspeed
