@@ -28,10 +28,11 @@ def export(checkpoint_dir: Path, output_dir: Path, *, vocab_size: int, model_max
     checkpoint = open_checkpoint(checkpoint_dir)
     arguments = checkpoint.arguments
     config = gpt2.build_config(arguments, vocab_size=vocab_size, dtype="float32")  # refuses other shapes first
-    if model_max_length > arguments.max_position_embeddings:
+    positions = arguments.max_position_embeddings
+    if model_max_length > positions:
         raise UserError(
-            f"--input_model_max_length {model_max_length} is more than the {arguments.max_position_embeddings} positions"
-            f" the model has: pass {arguments.max_position_embeddings} or less."
+            f"--input_model_max_length {model_max_length} is more than the {positions} positions the model has: pass"
+            f" {positions} or less."
         )
     order, known = qkv_layout.find(checkpoint, vocab_size=vocab_size)
     writer = _ShardWriter(output_dir)

@@ -60,8 +60,8 @@ def load(file: Path) -> Any:
         named = re.search(r"GLOBAL (\S+)", str(error))
         if named:
             raise UserError(
-                f"{file} names {named[1]}, which no checkpoint of Megatron-DeepSpeed needs, and was not read: it may run"
-                " code on loading. Ask whoever made it."
+                f"{file} names {named[1]}, which no checkpoint of Megatron-DeepSpeed needs, and was not read: it may"
+                " run code on loading. Ask whoever made it."
             ) from None
         raise UserError(f"{file} is damaged ({_first_line(error)}): choose another global_stepN.") from None
     except (RuntimeError, EOFError, ValueError, OSError) as error:
@@ -73,9 +73,9 @@ def load(file: Path) -> Any:
 def _allowed() -> list[Any]:
     import numpy
     import torch
+    from numpy._core import multiarray
 
     # the functions by which numpy arrays (the random number states) are rebuilt, under the names of numpy 1 and 2
-    multiarray = numpy._core.multiarray if hasattr(numpy, "_core") else numpy.core.multiarray
     rebuild = [
         (getattr(multiarray, function), f"{module}.{function}")
         for module in ("numpy.core.multiarray", "numpy._core.multiarray")

@@ -94,8 +94,6 @@ def _parallel(recipe: PretrainRecipe, allocation: Allocation, run_folder: RunFol
     ]
     if parallel.no_pipeline_parallel:
         words.append("--no-pipeline-parallel")
-    if parallel.sequence_parallel:
-        words.append("--sequence-parallel")
     if parallel.activation_checkpoint:
         words += ["--checkpoint-activations", "--deepspeed-activation-checkpointing"]
     # CUDA kernels of upstream's own: not on a CPU, and the softmax ones no longer compile with CUDA 13

@@ -92,10 +92,10 @@ def problems(recipe: PretrainRecipe, allocation: Allocation) -> list[str]:
         )
     if parallel.no_pipeline_parallel and pipeline > 1:
         found.append(f"--no_pipeline_parallel contradicts --pipeline_parallel_size {pipeline}: leave one of them out.")
-    if parallel.sequence_parallel and model.sequence_length % tensor:
+    if parallel.sequence_parallel:
         found.append(
-            f"--sequence_length {model.sequence_length} / --tensor_parallel_size {tensor} ="
-            f" {model.sequence_length / tensor:g}: --sequence_parallel needs a whole share."
+            "--sequence_parallel: upstream at the pinned commit looks positions up beyond each rank's share of its"
+            " learned position embedding; leave it out."
         )
     if parallel.zero_stage > 1:
         found.append(f"--zero_stage {parallel.zero_stage}: this engine runs 0 or 1 here.")
@@ -143,7 +143,6 @@ def _environment(allocation: Allocation, run_folder: RunFolder, found: checkout.
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "TORCH_EXTENSIONS_DIR": str(run_folder.extensions_dir.absolute()),
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # upstream insists on it for sequence parallelism
     }
     if allocation.device == "cpu":
         threads = max(1, (os.cpu_count() or 1) // allocation.processes_per_host)

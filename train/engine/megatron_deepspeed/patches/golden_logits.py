@@ -63,8 +63,8 @@ def record(engine: Any, folder: Path, engine_commit: str) -> None:
 
 def _real_vocab_size(tokenizer: Any) -> int:
     """The tokenizer's size without the pieces that upstream adds to it, which no export has."""
-    sentencepiece = getattr(tokenizer, "tokenizer", None)
-    return len(sentencepiece) if hasattr(sentencepiece, "__len__") else tokenizer.vocab_size
+    sentencepiece: Any = getattr(tokenizer, "tokenizer", None)
+    return len(sentencepiece) if hasattr(sentencepiece, "__len__") else int(tokenizer.vocab_size)
 
 
 def _is_pipeline(engine: Any) -> bool:
