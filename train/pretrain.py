@@ -19,6 +19,7 @@ from train import manifest, outcome, process, settings
 from train.cluster import allocation as allocations
 from train.cluster.allocation import Allocation
 from train.engine import choose
+from train.engine.deepspeed_ops import place_ops
 from train.errors import UserError, refuse
 from train.monitor import progress, wandb_run
 from train.recipe import PretrainRecipe
@@ -51,6 +52,8 @@ def pretrain(recipe: PretrainRecipe) -> int:
     command = choose.preparer(engine)(recipe, allocation, run_folder)
     _announce(recipe, engine, reason, allocation, run_folder)
     _describe_blend(parts, recipe.training.train_tokens)
+    if allocation.device == "cpu" and choose.uses_deepspeed(engine, recipe):
+        place_ops(run_folder.extensions_dir)
     progress.cut_after(run_folder.metrics, run_folder.latest_step() or 0)
     run_folder.outcome.unlink(missing_ok=True)
     log = run_folder.log(socket.gethostname(), time.strftime("%Y.%m.%d_%H.%M.%S"))
@@ -65,7 +68,8 @@ def pretrain(recipe: PretrainRecipe) -> int:
         results=results,
         started=started,
     )
-    print(f"done: {run_folder.step_dir(recipe.train_steps)}, loss {results['first_loss']} -> {results['last_loss']}")
+    losses = f"loss {results['first_loss']:.4f} -> {results['last_loss']:.4f}"
+    print(f"done: {run_folder.step_dir(recipe.train_steps)}, {losses}, {results['tokens']:,} tokens")
     return 0
 
 

@@ -22,7 +22,7 @@ from types import FrameType
 
 from train import outputs
 
-_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|API_KEY|CREDENTIAL", re.IGNORECASE)
+_SECRET_NAME = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|API_?KEY|CREDENTIALS?)(_|$)", re.IGNORECASE)
 _GRACE_S = 30.0  # what a child gets between our signal and SIGKILL: long enough for the last log lines
 
 

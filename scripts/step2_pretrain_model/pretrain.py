@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         pretrain,
         argv,
         description=__doc__,
-        example="pretrain.sh --recipe gpt_0.125B --input_tokenizer_file t.model --data_path data --output_model_dir out",
+        example="pretrain.sh --recipe gpt_0.125B --input_tokenizer_file a.model --data_path data --output_model_dir o",
         recipe_dir=Path(__file__).parent / "recipes",
     )
 

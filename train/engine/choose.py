@@ -68,6 +68,11 @@ def layout(engine: str) -> Callable[[PretrainRecipe, Allocation], str]:
     return layout_transformers
 
 
+def uses_deepspeed(engine: str, recipe: PretrainRecipe) -> bool:
+    """Whether the ranks will start DeepSpeed."""
+    return engine == "megatron-deepspeed" or recipe.parallel.zero_stage > 0
+
+
 def commit(engine: str) -> str | None:
     """The engine's commit, where the installed version does not name it."""
     from train.engine.megatron_deepspeed import install

@@ -128,6 +128,10 @@ class ProgressCallback(TrainerCallback):
         self._progress = progress
         self._wandb_run = wandb_run
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == state.max_steps:
+            control.should_log = True  # the last step's loss is part of the record, whatever the interval
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         logs = logs or {}
         loss = logs.get("loss", logs.get("eval_loss"))

@@ -35,10 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def pretrain(recipe: PretrainRecipe, run_folder: RunFolder) -> None:
     """Trains from the newest whole checkpoint, or from scratch, to the last step."""
     from transformers import PrinterCallback
+    from transformers.utils import logging as transformers_logging
 
     from train.engine.transformers.model import build_model, read_vocabulary
     from train.engine.transformers.trainer import PretrainTrainer, ProgressCallback, TokenSequences
 
+    transformers_logging.disable_progress_bar()
     arguments = training_arguments(recipe, run_folder)
     if arguments.deepspeed and arguments.device.type == "cpu":
         import deepspeed
@@ -125,8 +127,8 @@ def training_arguments(recipe: PretrainRecipe, run_folder: RunFolder) -> Any:
         max_grad_norm=training.clip_grad,
         bf16=training.precision == "bf16",
         fp16=training.precision == "fp16",
-        gradient_checkpointing=parallel.activation_checkpoint,
-        gradient_checkpointing_kwargs={"use_reentrant": parallel.zero_stage == 3},
+        activation_checkpointing=parallel.activation_checkpoint,
+        activation_checkpointing_kwargs={"use_reentrant": parallel.zero_stage == 3},
         torch_compile=parallel.torch_compile,
         use_cpu=os.environ.get("DS_ACCELERATOR") == "cpu",
         deepspeed=str(run_folder.deepspeed_config) if parallel.zero_stage else None,
