@@ -117,11 +117,11 @@ def test_truncated_bin(prefix: Path) -> None:
 def test_bin_of_another_dataset(prefix: Path) -> None:
     content = file_of(prefix, "bin").read_bytes()
     file_of(prefix, "bin").write_bytes(content * 2)
-    with pytest.raises(UserError, match="does not belong to its .idx"):
+    with pytest.raises(UserError, match=r"does not belong to its \.idx"):
         IndexedDataset(prefix)
     # As much longer as if the ends of the documents were not counted, but what stands there is not one and the same id.
     file_of(prefix, "bin").write_bytes(content + content[:6])
-    with pytest.raises(UserError, match="does not belong to its .idx"):
+    with pytest.raises(UserError, match=r"does not belong to its \.idx"):
         IndexedDataset(prefix)
 
 
@@ -161,7 +161,7 @@ def test_pointers_that_contradict_the_lengths(prefix: Path) -> None:
 def uncounted(folder: Path, documents: list[list[int]], end: int) -> Path:
     """What Megatron-DeepSpeed's tool writes: the end of document is in the .bin only."""
     prefix = write_dataset(folder / "uncounted", documents)
-    content = [token for document in documents for token in (document + [end] if document else [])]
+    content = [token for document in documents for token in ([*document, end] if document else [])]
     file_of(prefix, "bin").write_bytes(struct.pack(f"<{len(content)}H", *content))
     return prefix
 

@@ -12,6 +12,7 @@ The order is fixed and texts are unique, so a Python version always gives the sa
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import inspect
 import sysconfig
@@ -82,11 +83,14 @@ def docstring_entries(packages: Sequence[str] = ()) -> Iterator[tuple[str, list[
     roots = [(Path(sysconfig.get_path("stdlib")), "")]
     roots += [(_package_folder(name), name) for name in packages]
     for folder, prefix in roots:
-        sources = {_module_name(file.relative_to(folder), prefix): file for file in _sources(folder)}
-        for module in sorted(sources.keys() - _LEFT_OUT_MODULES):
-            entries = _entries(module, sources[module])
-            if entries:
-                yield module, entries
+        yield from _folder_entries(folder, prefix)
+
+
+@functools.cache  # documents and conversations are made from the same entries
+def _folder_entries(folder: Path, prefix: str) -> list[tuple[str, list[Entry]]]:
+    sources = {_module_name(file.relative_to(folder), prefix): file for file in _sources(folder)}
+    modules = [(module, _entries(module, sources[module])) for module in sorted(sources.keys() - _LEFT_OUT_MODULES)]
+    return [(module, entries) for module, entries in modules if entries]
 
 
 def _package_folder(name: str) -> Path:

@@ -60,13 +60,13 @@ def inspect_data(settings: InspectSettings) -> int:
     problems: list[str] = []
     for dataset in datasets:
         print("\n".join(describe(dataset)))
-        largest = largest_id(dataset)
+        smallest, largest = id_range(dataset)
         line = f"  largest id           {largest:,}"
         if encoder is None:
             print(line)
             continue
         print(f"{line} of a vocabulary of {encoder.vocab_size:,}")
-        if largest >= encoder.vocab_size:
+        if largest >= encoder.vocab_size or smallest < 0:
             problems.append(_beyond_vocabulary(dataset, encoder))
     if settings.document is not None:
         print(_document_text(datasets[0], settings.document, encoder))
@@ -99,12 +99,13 @@ def describe(dataset: IndexedDataset) -> list[str]:
     return lines
 
 
-def largest_id(dataset: IndexedDataset) -> int:
-    """The largest id stored, -1 when there is none. Reads the whole `.bin`."""
-    largest = -1
+def id_range(dataset: IndexedDataset) -> tuple[int, int]:
+    """The smallest id stored (0 at most) and the largest (-1 when there is none). Reads the whole `.bin`."""
+    smallest, largest = 0, -1
     for start in range(0, dataset.token_count, _CHUNK_TOKENS):
-        largest = max(largest, int(dataset.stream(start, _CHUNK_TOKENS).max()))
-    return largest
+        chunk = dataset.stream(start, _CHUNK_TOKENS)
+        smallest, largest = min(smallest, int(chunk.min())), max(largest, int(chunk.max()))
+    return smallest, largest
 
 
 def first_id_from(dataset: IndexedDataset, limit: int) -> tuple[int, int, int] | None:
