@@ -170,7 +170,7 @@ def _shown(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:.6g}"
-    text = " ".join(PurePath(word).name if word.startswith("/") else word for word in str(value).split())
+    text = " ".join(PurePath(word).name or word if word.startswith("/") else word for word in str(value).split())
     return text.replace("|", r"\|")
 
 
