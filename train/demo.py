@@ -175,7 +175,7 @@ def _upload(step: str, folder: str, kind: str, model: Path, prepared: Path) -> S
             "test_prompt_text": "Return the",
             "output_dir": prepared,
         },
-        prepared,
+        prepared.with_name(prepared.name + ".manifest.json"),
         lambda record: _numbers(record, "files", "bytes"),
     )
 

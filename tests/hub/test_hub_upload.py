@@ -246,6 +246,8 @@ def test_files_can_be_prepared_without_network_or_token(
     written = {path.name: path.read_bytes() for path in output.iterdir()}
     assert without_card(written) == expected_files(model_folder)
     assert b"4,321" in written["README.md"]
+    results = json.loads((tmp_path / "prepared.manifest.json").read_text())["results"]
+    assert results == {"files": len(written), "bytes": sum(map(len, written.values()))}
     again = upload(*arguments, token="")
     assert "nothing to do" in again.stdout
     (output / "mine.txt").write_text("mine")

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train import outputs
+from train import manifest, outputs
+from train import settings as settings_module
 from train.checkpoint import verification
 from train.errors import UserError
 from train.hub import card
 from train.settings import setting
 
 CARD = "README.md"
+PREPARE_STEP = "prepare_upload"
 _NAME = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9_][\w.-]{0,95}")
 
 
@@ -118,7 +121,11 @@ def _let_speak(settings: UploadSettings) -> None:
 
 
 def _prepare(settings: UploadSettings, output_dir: Path, text: str) -> int:
-    """Writes the files that would go up, whole or not at all; a folder that holds just them is left as it is."""
+    """Writes the files that would go up, whole or not at all; a folder that holds just them is left as it is.
+
+    Its manifest stands beside it, as NAME.manifest.json: inside, it would be uploaded with the rest.
+    """
+    started = time.time()
     files = verification.model_files(settings.input_tokenizer_and_model_dir)
     if _holds(output_dir, files, text):
         print(f"{output_dir} holds these files already: nothing to do.")
@@ -130,6 +137,15 @@ def _prepare(settings: UploadSettings, output_dir: Path, text: str) -> int:
         for file in files:
             shutil.copyfile(file, unfinished / file.name)
         (unfinished / CARD).write_text(text, encoding="utf-8")
+    written = sorted(output_dir.iterdir())
+    manifest.write(
+        output_dir.with_name(output_dir.name + ".manifest.json"),
+        step=PREPARE_STEP,
+        settings=settings_module.to_plain(settings),
+        inputs=files,
+        results={"files": len(written), "bytes": sum(path.stat().st_size for path in written)},
+        started=started,
+    )
     print(
         f"wrote {output_dir}: {len(files)} files and {CARD}, ready for {settings.output_model_name}; nothing was sent"
     )
