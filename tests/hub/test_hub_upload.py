@@ -250,6 +250,9 @@ def test_files_can_be_prepared_without_network_or_token(
     assert results == {"files": len(written), "bytes": sum(map(len, written.values()))}
     again = upload(*arguments, token="")
     assert "nothing to do" in again.stdout
+    (tmp_path / "prepared.manifest.json").unlink()  # as a kill between the two leaves it
+    assert upload(*arguments, token="").returncode == 0
+    assert (tmp_path / "prepared.manifest.json").is_file()
     (output / "mine.txt").write_text("mine")
     refused = upload(*arguments, token="")
     assert refused.returncode == 2

@@ -126,10 +126,28 @@ def _prepare(settings: UploadSettings, output_dir: Path, text: str) -> int:
     Its manifest stands beside it, as NAME.manifest.json: inside, it would be uploaded with the rest.
     """
     started = time.time()
+    record = output_dir.with_name(output_dir.name + ".manifest.json")
     files = verification.model_files(settings.input_tokenizer_and_model_dir)
-    if _holds(output_dir, files, text):
+    is_there = _holds(output_dir, files, text)
+    if is_there and record.is_file():
         print(f"{output_dir} holds these files already: nothing to do.")
         return 0
+    if not is_there:  # with them there, a kill left the manifest to be written
+        _copy(settings, output_dir, files, text)
+    written = sorted(output_dir.iterdir())
+    manifest.write(
+        record,
+        step=PREPARE_STEP,
+        settings=settings_module.to_plain(settings),
+        inputs=files,
+        results={"files": len(written), "bytes": sum(path.stat().st_size for path in written)},
+        started=started,
+    )
+    print(f"wrote {output_dir}: {len(written)} files, ready for {settings.output_model_name}; nothing was sent")
+    return 0
+
+
+def _copy(settings: UploadSettings, output_dir: Path, files: tuple[Path, ...], text: str) -> None:
     if output_dir.exists() and not settings.overwrite and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise UserError(f"{output_dir} exists already: pass --overwrite to replace it, or choose another output.")
     _let_speak(settings)
@@ -137,28 +155,13 @@ def _prepare(settings: UploadSettings, output_dir: Path, text: str) -> int:
         for file in files:
             shutil.copyfile(file, unfinished / file.name)
         (unfinished / CARD).write_text(text, encoding="utf-8")
-    written = sorted(output_dir.iterdir())
-    manifest.write(
-        output_dir.with_name(output_dir.name + ".manifest.json"),
-        step=PREPARE_STEP,
-        settings=settings_module.to_plain(settings),
-        inputs=files,
-        results={"files": len(written), "bytes": sum(path.stat().st_size for path in written)},
-        started=started,
-    )
-    print(
-        f"wrote {output_dir}: {len(files)} files and {CARD}, ready for {settings.output_model_name}; nothing was sent"
-    )
-    return 0
 
 
 def _holds(output_dir: Path, files: tuple[Path, ...], text: str) -> bool:
     import filecmp
 
-    if not output_dir.is_dir() or {path.name for path in output_dir.iterdir()} != {
-        CARD,
-        *(file.name for file in files),
-    }:
+    names = {CARD, *(file.name for file in files)}
+    if not output_dir.is_dir() or {path.name for path in output_dir.iterdir()} != names:
         return False
     if (output_dir / CARD).read_text(encoding="utf-8", errors="replace") != text:
         return False
