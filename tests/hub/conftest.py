@@ -51,7 +51,8 @@ def model_folder_of_session(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = GPT2Config(n_layer=2, n_head=2, n_embd=192, n_positions=64, vocab_size=len(words), **ids)
     GPT2LMHeadModel(config).save_pretrained(folder, max_shard_size="2MB")
     write_manifests(folder)
-    verification.write(folder, {"weights": {"parameters": 123456, "dtype": "float32", "max_abs_difference": 0.0}})
+    weights = {"compared_with": "global_step100", "parameters": 123456, "max_abs_difference": 0.0}
+    verification.write(folder, {"weights": weights})
     (folder / "optimizer.pt").write_bytes(b"state")
     (folder / "trainer_state.json").write_text("{}")
     (folder / "log").mkdir()

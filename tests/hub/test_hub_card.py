@@ -22,9 +22,14 @@ def header(card: str) -> dict[str, object]:
 
 def test_the_card_has_data_sizes_layout_losses_software(model_folder: Path) -> None:
     checks = {
-        "weights": {"parameters": 123456, "dtype": "float32", "max_abs_difference": 0.0},
-        "logits": {"relative_difference": 2.5e-7, "tolerance": 1e-4, "measure": "max |a| / max |b|"},
-        "tokenizer": {"mismatches": 0, "texts": 5000},
+        "weights": {"compared_with": "/x/global_step9", "parameters": 123456, "max_abs_difference": 0.0},
+        "logits": {
+            "compared_with": "the run",
+            "relative_difference": 2.5e-7,
+            "tolerance": 1e-4,
+            "measure": "max |a| / max |b|",
+        },
+        "tokenizer": {"compared_with": "tiny.model", "mismatches": 0, "texts": 5000},
     }
     verification.write(model_folder, checks)
     card = model_card(model_folder, repository="me/tiny", license="apache-2.0")
@@ -41,9 +46,9 @@ def test_the_card_has_data_sizes_layout_losses_software(model_folder: Path) -> N
         "| 1 | 8.9500 |",
         "| 100 | 4.0000 |",
         "| characters per token | 3.5 |",
-        "| weights against the checkpoint | largest difference 0 |",
-        r"| logits against the training process | 2.5e-07 (max \|a\| / max \|b\|), allowed 0.0001 |",
-        "| tokenizer against SentencePiece | 0 mismatches in 5,000 texts |",
+        "| weights against global_step9 | largest difference 0 |",
+        r"| logits against the run | 2.5e-07, allowed 0.0001 (max \|a\| / max \|b\|) |",
+        "| tokenizer against tiny.model | 0 mismatches in 5,000 texts |",
         "| deepspeed | 0.19.8 |",
     ):
         assert line in card.splitlines(), line

@@ -196,16 +196,20 @@ def _thinned(curve: Sequence[Any]) -> list[Any]:
 
 
 def _verification_rows(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What was compared with what, and by how much they differ; what was not compared is no row."""
     weights, logits, tokenizer = (record.get(key) or {} for key in ("weights", "logits", "tokenizer"))
     if "max_abs_difference" in weights:
-        yield "weights against the checkpoint", f"largest difference {weights['max_abs_difference']:.3g}"
+        yield _against("weights", weights), f"largest difference {weights['max_abs_difference']:.3g}"
     if "relative_difference" in logits:
-        against = (
-            f"{logits['relative_difference']:.3g} ({_shown(logits['measure'])}), allowed {logits['tolerance']:.3g}"
-        )
-        yield "logits against the training process", against
+        figures = f"{logits['relative_difference']:.3g}, allowed {logits['tolerance']:.3g}"
+        yield _against("logits", logits), f"{figures} ({_shown(logits['measure'])})"
     if "mismatches" in tokenizer:
-        yield "tokenizer against SentencePiece", f"{tokenizer['mismatches']} mismatches in {tokenizer['texts']:,} texts"
+        figures = f"{tokenizer['mismatches']} mismatches in {tokenizer['texts']:,} texts"
+        yield _against("tokenizer", tokenizer), figures
+
+
+def _against(what: str, check: Mapping[str, Any]) -> str:
+    return f"{what} against {_shown(check['compared_with'])}"
 
 
 def _software_rows(records: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
