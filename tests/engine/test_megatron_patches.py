@@ -1,0 +1,207 @@
+"""The patches: each is needed (without it the real engine fails), each can be switched off, and what they do."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from train.engine import extension_locks
+from train.engine.megatron_deepspeed import checkout, patches
+from train.engine.megatron_deepspeed.patches import golden_logits, progress_lines, stand_in, whole_checkpoints
+from train.errors import EXIT_NON_FINITE_LOSS, NonFiniteLossError, UserError
+from train.run_folder import whole_checkpoints as whole
+
+# What a rank does without one patch, and the error that names the reason for it.
+NEEDED = {
+    "deepspeed-compression": ("import megatron.training", "No module named 'deepspeed.compression.compress'"),
+    "torchvision": ("import megatron.training", "No module named 'torchvision'"),
+    "cpu-layer-norm": (
+        "from megatron.model import LayerNorm; LayerNorm(8, eps=1e-5, sequence_parallel=False)",
+        "unexpected keyword argument 'sequence_parallel'",
+    ),
+    "contiguous-attention": (
+        "import types, torch; from megatron.model.transformer import CoreAttention;"
+        " q = torch.zeros(2, 4, 6, 8).transpose(1, 2);"
+        " CoreAttention.forward(types.SimpleNamespace(), q, q, q, None)",
+        "view size is not compatible",
+    ),
+    "dataset-helpers": (
+        "from megatron.data import dataset_utils; import os; os.environ['PATH'] = '/nowhere';"
+        " dataset_utils.compile_helper()",
+        "No such file or directory: 'make'",
+    ),
+}
+
+
+def test_every_patch_says_what_it_is_for() -> None:
+    found = patches.all_patches()
+    assert len({patch.name for patch in found}) == len(found)
+    assert all(patch.reason and patch.affected for patch in found)
+
+
+def test_patches_are_switched_off_by_name() -> None:
+    names = patches.disabled_names({patches.DISABLED_VARIABLE: "torchvision, golden-logits"})
+    assert names == {"torchvision", "golden-logits"} and patches.disabled_names({}) == frozenset()
+    everything = frozenset(patch.name for patch in patches.all_patches())
+    outcomes = patches.apply_all(patches.Run(), everything)
+    assert {outcome.state for outcome in outcomes} == {"switched off"}
+
+
+def test_unknown_patch_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(UserError, match=r"no patch is called torchvison; there are .*torchvision"):
+        patches.disabled_names({patches.DISABLED_VARIABLE: "torchvison"})
+
+
+def test_stand_in_refuses_to_be_called() -> None:
+    stand_in.put("not_there_at_all", ("run",), reason="install it")
+    try:
+        import not_there_at_all
+
+        assert stand_in.is_importable("not_there_at_all")
+        with pytest.raises(RuntimeError, match=r"not_there_at_all\.run is a stand-in: install it"):
+            not_there_at_all.run(1)
+    finally:
+        del sys.modules["not_there_at_all"]
+    assert not stand_in.is_importable("not_there_at_all.inside") and stand_in.is_importable("json")
+
+
+def test_golden_input_is_always_the_same_and_has_no_end_of_document() -> None:
+    import torch
+
+    first, again = (golden_logits.input_ids(7, 3, 2, 200) for _ in range(2))
+    assert torch.equal(first, again) and first.shape == (2, 200)
+    assert set(first.unique().tolist()) == {0, 1, 2, 4, 5, 6}
+
+
+def test_checkpoint_is_published_by_a_rename(tmp_path: Path) -> None:
+    unfinished = tmp_path / ".global_step4.unfinished-save"
+    unfinished.mkdir()
+    (unfinished / "new").touch()
+    assert list(whole(tmp_path)) == []
+    whole_checkpoints.publish(unfinished, tmp_path / "global_step4")
+    assert [step for step, _ in whole(tmp_path)] == [4] and (tmp_path / "latest").read_text() == "global_step4"
+
+
+def test_step_that_is_trained_again_replaces_its_checkpoint(tmp_path: Path) -> None:
+    unfinished = tmp_path / ".global_step4.unfinished-save"
+    for file in (tmp_path / "global_step4" / "old", unfinished / "new"):
+        file.parent.mkdir()
+        file.touch()
+    whole_checkpoints.publish(unfinished, tmp_path / "global_step4")
+    assert [file.name for file in (tmp_path / "global_step4").iterdir()] == ["new"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["global_step4", "latest"]
+
+
+def test_what_a_killed_save_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".global_step4.unfinished-save").mkdir()
+    (tmp_path / "global_step2").mkdir()
+    whole_checkpoints.remove_leftovers(tmp_path)
+    whole_checkpoints.remove_leftovers(tmp_path / "not there")
+    assert [file.name for file in tmp_path.iterdir()] == ["global_step2"]
+
+
+@pytest.mark.parametrize(("keep_last", "kept"), [(0, [2, 10, 9]), (1, [10]), (2, [9, 10]), (5, [2, 9, 10])])
+def test_newest_checkpoints_are_kept(tmp_path: Path, keep_last: int, kept: list[int]) -> None:
+    for step in (2, 10, 9):
+        (tmp_path / f"global_step{step}").mkdir()
+    whole_checkpoints.prune(tmp_path, keep_last)
+    assert sorted(step for step, _ in whole(tmp_path)) == sorted(kept)
+
+
+def test_loss_is_found_in_what_upstream_logs() -> None:
+    import torch
+
+    assert progress_lines.loss_of({"lm loss": torch.tensor([2.5])}) == 2.5
+    assert progress_lines.loss_of({"loss": 1}) == 1.0
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_loss_ends_the_run(tmp_path: Path, loss: float) -> None:
+    with pytest.raises(NonFiniteLossError, match="at step 7; no checkpoint was saved before") as error:
+        progress_lines.refuse_non_finite(loss, 7, str(tmp_path))
+    assert error.value.exit_code == EXIT_NON_FINITE_LOSS
+    (tmp_path / "latest").write_text("global_step5")
+    with pytest.raises(NonFiniteLossError, match=f"the last good checkpoint is {tmp_path}/global_step5"):
+        progress_lines.refuse_non_finite(loss, 7, str(tmp_path))
+    progress_lines.refuse_non_finite(3.0, 7, None)
+
+
+def test_only_locks_older_than_the_launch_are_removed(tmp_path: Path) -> None:
+    stale, fresh = tmp_path / "op_a" / "lock", tmp_path / "op_b" / "lock"
+    for lock in (stale, fresh):
+        lock.parent.mkdir()
+        lock.touch()
+    launched = time.time()
+    os.utime(stale, (launched - 60, launched - 60))
+    os.utime(fresh, (launched + 1, launched + 1))
+    assert extension_locks.remove_older(tmp_path, launched) == [stale]
+    assert fresh.exists() and not stale.exists()
+
+
+def test_the_users_shared_extension_folder_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    assert extension_locks.remove_stale() == []
+
+
+@pytest.fixture(scope="module")
+def engine_path() -> str:
+    """PYTHONPATH of an installed checkout."""
+    found = checkout.find_checkout()
+    if found is None:
+        pytest.skip(checkout.why_missing())
+    return checkout.python_path(found.path)
+
+
+def in_a_rank(code: str, engine_path: str, *, disabled: str) -> subprocess.CompletedProcess[str]:
+    """Runs `code` after the patches, in a process of its own as a rank is."""
+    program = (
+        "import os; from train.engine.megatron_deepspeed import patches;"
+        f" patches.apply_all(patches.Run(), patches.disabled_names(os.environ)); {code}"
+    )
+    environment = {**os.environ, "PYTHONPATH": engine_path, "DS_ACCELERATOR": "cpu"}
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        env={**environment, patches.DISABLED_VARIABLE: disabled},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.megatron
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NEEDED)
+def test_the_engine_fails_without_it(name: str, engine_path: str) -> None:
+    code, error = NEEDED[name]
+    if name == "torchvision" and stand_in.is_importable("torchvision"):
+        pytest.skip("torchvision is installed here, so nothing is stood in for")
+    without = in_a_rank(code, engine_path, disabled=name)
+    assert without.returncode != 0 and error in without.stderr, without.stderr[-2000:]
+
+
+@pytest.mark.megatron
+@pytest.mark.slow
+def test_the_engine_gets_as_far_as_its_own_state_with_all_of_them(engine_path: str) -> None:
+    codes = [code for name, (code, _) in NEEDED.items() if name not in ("contiguous-attention",)]
+    done = in_a_rank("; ".join(codes), engine_path, disabled="")
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.megatron
+@pytest.mark.slow
+def test_layer_norm_is_torchs_and_marks_its_weights(engine_path: str) -> None:
+    code = (
+        "import json, torch; from megatron.model import LayerNorm; torch.manual_seed(0);"
+        " norm = LayerNorm(8, eps=1e-3, sequence_parallel=True); x = torch.randn(3, 8);"
+        " same = torch.equal(norm(x), torch.nn.functional.layer_norm(x, (8,), norm.weight, norm.bias, 1e-3));"
+        " print(json.dumps([same, norm.weight.sequence_parallel, norm.bias.sequence_parallel]))"
+    )
+    done = in_a_rank(code, engine_path, disabled="")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == [True, True, True]

@@ -1,0 +1,208 @@
+"""Megatron-DeepSpeed's launch: what is rendered from a recipe, and what is refused before anything starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from train import settings
+from train.cluster.allocation import Allocation
+from train.engine.megatron_deepspeed import checkout, prepare
+from train.engine.megatron_deepspeed.arguments import megatron_arguments
+from train.engine.megatron_deepspeed.checkout import Checkout
+from train.engine.megatron_deepspeed.deepspeed_config import deepspeed_config
+from train.errors import UserError
+from train.recipe import PretrainRecipe
+from train.run_folder import RunFolder
+
+GOLDEN = Path(__file__).parent / "golden"
+RUN_FOLDER = RunFolder(Path("/runs/out"), "job")
+
+
+def recipe(**flags: object) -> PretrainRecipe:
+    given = {
+        "input_tokenizer_file": "/data/tok.model",
+        "data_path": "/data/corpus_text_document",
+        "output_model_dir": "/runs/out",
+        "job_name": "job",
+        "train_tokens": "1M",
+        "lr_warmup_tokens": "10K",
+        "lr_decay_tokens": "900K",
+        "num_layers": 4,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "sequence_length": 128,
+        "global_batch_size": 16,
+        "micro_batch_size": 2,
+        "lr": "6e-4",
+        "precision": "fp32",
+    } | flags
+    argv = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    return settings.parse(PretrainRecipe, argv, program="test", description="").resolved()
+
+
+def allocation(processes: int, device: str = "cpu") -> Allocation:
+    return Allocation(("host",), processes, device, "a test")
+
+
+@pytest.fixture
+def no_checkout_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkout, "find_checkout", lambda: Checkout(Path("/mds"), "c0ffee", "a test"))
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "processes"),
+    [
+        ("tp2_pp2", {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}, 4),
+        (
+            "dp2_zero1_bf16_no_pipeline",
+            {
+                "zero_stage": 1,
+                "precision": "bf16",
+                "no_pipeline_parallel": True,
+                "activation_checkpoint": True,
+                "eval_interval": 0,
+                "log_optimizer_state": True,
+            },
+            2,
+        ),
+    ],
+)
+def test_arguments_are_the_golden_ones(name: str, flags: dict[str, object], processes: int) -> None:
+    words = megatron_arguments(recipe(**flags), allocation(processes), RUN_FOLDER, ["/data/corpus_text_document"])
+    file = GOLDEN / f"megatron_arguments_{name}.txt"
+    lines = " ".join(words).replace(" --", "\n--") + "\n"
+    assert lines == file.read_text(), f"if this change is meant, write it to {file}"
+
+
+def test_resumes_by_the_newest_folders_name(tmp_path: Path) -> None:
+    run_folder = RunFolder(tmp_path, "job")
+    for step in (5, 20, 10):
+        run_folder.step_dir(step).mkdir(parents=True)
+    words = megatron_arguments(recipe(), allocation(1), run_folder, ["/d"])
+    assert words[-4:] == ("--load", str(run_folder.checkpoint_dir), "--load-tag", "global_step20")
+
+
+def test_learning_rate_is_in_samples_that_cover_the_tokens() -> None:
+    chosen = recipe(train_tokens=5000, lr_warmup_tokens=129, lr_decay_tokens=4000)
+    words = megatron_arguments(chosen, allocation(1), RUN_FOLDER, ["/d"])
+    values = dict(itertools.pairwise(words))
+    assert values["--train-samples"] == "48"  # 3 steps of 16 sequences of 128 tokens
+    assert values["--lr-warmup-samples"] == "2" and values["--lr-decay-samples"] == "32"
+
+
+@pytest.mark.parametrize(
+    ("precision", "expected"),
+    [
+        ("fp32", {}),
+        (
+            "bf16",
+            {"bf16": {"enabled": True, "immediate_grad_update": True}, "data_types": {"grad_accum_dtype": "fp32"}},
+        ),
+    ],
+)
+def test_deepspeed_config(precision: str, expected: dict[str, object]) -> None:
+    config = deepspeed_config(recipe(precision=precision, zero_stage=1))
+    assert config == {
+        "train_batch_size": 16,
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": 1},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 489,
+        "wall_clock_breakdown": False,
+        **expected,
+    }
+    json.dumps(config)
+
+
+def test_fp16_scales_its_loss() -> None:
+    assert deepspeed_config(recipe(precision="fp16"))["fp16"]["loss_scale"] == 0  # 0 is dynamic
+
+
+def test_command(no_checkout_needed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/mine")
+    chosen = dataclasses.replace(recipe(tensor_parallel_size=2), dry_run=True)
+    command = prepare.prepare(chosen, allocation(2), RUN_FOLDER)
+    assert command.argv[:5] == (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
+    worker = command.argv[5:13]
+    assert worker[:3] == ("2", "-m", "train.engine.megatron_deepspeed.worker")
+    assert worker[3:] == ("--recipe", "/runs/out/recipe/job.yaml", "--engine_commit", "c0ffee", "--")
+    assert "--data-path /data/corpus_text_document --data-impl" in " ".join(command.argv)
+    assert command.environment["PYTHONPATH"] == "/mds:/mine"
+    assert command.environment["DS_ACCELERATOR"] == "cpu" and command.environment["LOCAL_SIZE"] == "2"
+    assert command.environment["TORCH_EXTENSIONS_DIR"] == "/runs/out/torch_extensions"
+    assert json.loads(command.files[RUN_FOLDER.deepspeed_config]) == deepspeed_config(chosen)
+    assert settings.build(PretrainRecipe, __import__("yaml").safe_load(command.files[RUN_FOLDER.recipe])) is not None
+
+
+def test_blends_become_weights_and_prefixes(no_checkout_needed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from train.data import blend
+
+    part = dataclasses.make_dataclass("Part", ["prefix", "weight"])
+    monkeypatch.setattr(blend, "read_blend", lambda _path: (part(Path("/a"), 0.25), part(Path("/b"), 0.75)))
+    assert "--data-path 0.25 /a 0.75 /b --data-impl" in prepare.prepare(recipe(), allocation(1), RUN_FOLDER).text()
+
+
+def test_layout_is_an_equation() -> None:
+    assert prepare.layout(recipe(tensor_parallel_size=2, pipeline_parallel_size=2), allocation(8)) == (
+        "world size 8 = 2 tensor x 2 pipeline x 2 data parallel; global batch 16 = 2 micro batch x 2 data parallel x 4"
+        " accumulation steps"
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "processes", "message"),
+    [
+        (
+            {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+            6,
+            "world size 6 = 2 tensor x 2 pipeline x 1.5 data",
+        ),
+        ({"global_batch_size": 12}, 4, "--global_batch_size 12 is not a multiple of --micro_batch_size 2 x 4"),
+        ({"tensor_parallel_size": 8}, 8, "--num_attention_heads 4 / --tensor_parallel_size 8 = 0.5"),
+        ({"tensor_parallel_size": 2, "ffn_hidden_size": 33}, 2, "--ffn_hidden_size 33 / --tensor_parallel_size 2"),
+        ({"pipeline_parallel_size": 3}, 3, "--num_layers 4 / --pipeline_parallel_size 3 = 1.33333"),
+        ({"pipeline_parallel_size": 2, "no_pipeline_parallel": True}, 2, "--no_pipeline_parallel contradicts"),
+        ({"tensor_parallel_size": 2, "sequence_parallel": True}, 2, "--sequence_parallel: upstream"),
+        ({"zero_stage": 2}, 1, "--zero_stage 2: this engine runs 0 or 1"),
+        ({"precision": "bf16"}, 1, "--precision bf16 --zero_stage 0"),
+        ({"precision": "fp16", "zero_stage": 1}, 1, "--precision fp16: on a CPU"),
+        ({"dropout": 0.1}, 1, "--dropout 0.1: on a CPU"),
+        ({"architecture": "llama"}, 1, "--architecture llama: this engine trains gpt2"),
+    ],
+)
+def test_what_does_not_fit_is_refused(flags: dict[str, object], processes: int, message: str) -> None:
+    found = prepare.problems(recipe(**flags), allocation(processes))
+    assert len(found) == 1 and message in found[0]
+
+
+def test_what_fits_is_not_refused() -> None:
+    chosen = recipe(tensor_parallel_size=2, pipeline_parallel_size=2, zero_stage=1, precision="bf16")
+    assert prepare.problems(chosen, allocation(8)) == []
+
+
+def test_all_problems_at_once(no_checkout_needed: None) -> None:
+    with pytest.raises(UserError) as error:
+        prepare.prepare(recipe(zero_stage=2, dropout=0.1), allocation(1), RUN_FOLDER)
+    assert len(error.value.problems) == 2
+
+
+def test_cuda_without_apex_is_refused() -> None:
+    import importlib.util
+
+    if importlib.util.find_spec("apex"):
+        pytest.skip("apex is installed here")
+    assert "needs apex" in prepare.problems(recipe(), allocation(1, "cuda"))[0]
+
+
+def test_missing_checkout_is_refused_with_the_installer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(checkout.DIRECTORY_VARIABLE, str(tmp_path / "nowhere"))
+    chosen = dataclasses.replace(recipe(), dry_run=True)
+    with pytest.raises(UserError, match=r"nowhere \(MEGATRON_DEEPSPEED_DIR names it\): there is no such folder; run"):
+        prepare.prepare(chosen, allocation(1), RUN_FOLDER)
