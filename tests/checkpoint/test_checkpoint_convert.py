@@ -385,6 +385,24 @@ def test_what_is_no_tokenizer_is_refused(make_checkpoint: MakeCheckpoint, tmp_pa
     refused(settings_for(tmp_path / "text.model", checkpoint, output), "is not a SentencePiece model")
 
 
+def test_a_tokenizer_without_special_tokens_is_refused(
+    make_checkpoint: MakeCheckpoint, tokenizer_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true_conversion = convert_module.convert_tokenizer
+
+    def conversion(model_file: Path, output_dir: Path, *, model_max_length: int) -> None:
+        true_conversion(model_file, output_dir, model_max_length=model_max_length)
+        file = output_dir / "tokenizer_config.json"
+        config = json.loads(file.read_text())
+        del config["pad_token"]
+        file.write_text(json.dumps(config))
+        (output_dir / "special_tokens_map.json").unlink()
+
+    monkeypatch.setattr(convert_module, "convert_tokenizer", conversion)
+    settings = settings_for(tokenizer_file, make_checkpoint(), tmp_path / "hf")
+    refused(settings, "the tokenizer has no pad_token_id")
+
+
 def test_a_megatron_checkpoint_goes_to_its_own_module(
     tokenizer_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

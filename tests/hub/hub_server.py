@@ -53,6 +53,7 @@ class HubServer:
         self.requests: list[str] = []  # "METHOD /path", in order
         self.fail_after: int | None = None  # requests that are still answered
         self.fail_with: int | None = None  # this status from then on; None drops the connection
+        self.is_full = False  # large files are refused
         self.fail_on = ""  # only requests that contain this count, and fail
         self.lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -216,7 +217,9 @@ def _create(request: _Handler, body: bytes) -> Answer:
     return status, {"url": f"{request.hub.url}/{name}", "name": name}, {}
 
 
-def _validate_yaml(_request: _Handler, _body: bytes) -> Answer:
+def _validate_yaml(_request: _Handler, body: bytes) -> Answer:
+    if "license: nonsense" in json.loads(body)["content"]:
+        return 400, {"errors": [{"message": '"license" must be one of [apache-2.0, mit]'}], "warnings": []}, {}
     return 200, {"errors": [], "warnings": []}, {}
 
 
@@ -236,6 +239,9 @@ def _lfs_batch(request: _Handler, body: bytes, name: str) -> Answer:
     answers = []
     for item in json.loads(body)["objects"]:
         answer = {"oid": item["oid"], "size": item["size"]}
+        if request.hub.is_full:
+            answers.append(answer | {"error": {"code": 403, "message": "Private repository storage limit reached"}})
+            continue
         if item["oid"] not in request.hub.lfs:
             url = request.hub.url
             answer["actions"] = {

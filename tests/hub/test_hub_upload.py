@@ -172,6 +172,21 @@ def test_a_refusal_in_the_middle_is_said_clearly(status: int, message: str, hub:
     assert hub.repositories["me/tiny"].messages == []
 
 
+def test_a_licence_that_the_hub_does_not_know_is_refused(hub: HubServer, upload: Upload) -> None:
+    done = upload("--license", "nonsense")
+    assert done.returncode == 2
+    assert '"license" must be one of [apache-2.0, mit]' in done.stderr
+    assert hub.repositories["me/tiny"].messages == []
+
+
+def test_a_full_storage_is_said_clearly(hub: HubServer, upload: Upload) -> None:
+    hub.is_full = True
+    done = upload()
+    assert done.returncode == 2
+    assert "Private repository storage limit reached" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def remove_record(folder: Path) -> None:
     (folder / "verification.json").unlink()
 

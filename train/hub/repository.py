@@ -109,6 +109,12 @@ def _clear_errors(name: str) -> Iterator[None]:
             f"the connection to the Hub failed ({failed or type(failed).__name__}): run the same command again when "
             "it is back; what was sent is not sent again."
         ) from None
+    except ValueError as error:  # the card's header, or the storage of large files (a quota, for instance)
+        said = " ".join(str(error).split())
+        if _first(error, errors.HfHubHTTPError) is None and not said.startswith("LFS batch API"):
+            raise
+        hint = "--license and --base_model shape the card"
+        raise UserError(f"the Hub refuses this upload to {name}: {said} ({hint}).") from None
 
 
 def _first(error: BaseException | None, kind: type[Any]) -> Any:
