@@ -70,12 +70,17 @@ def finetune(settings: FinetuneSettings) -> int:
     started = time.time()
     found = _find_inputs(settings)
     plain = settings_module.to_plain(settings)
+    if folder.output.is_file():
+        raise UserError(f"--output_dir {folder.output} is a file, a folder name was expected: choose another output.")
     if not settings.overwrite and manifest.is_done(folder.output, step=STEP, settings=plain, inputs=found.files()):
         verification.require(folder.output, hash_files=False)
         print(f"{folder.output} is there for the same settings and inputs: nothing to do (--overwrite trains again).")
         shutil.rmtree(folder.root, ignore_errors=True)
         return 0
-    _refuse_output(folder.output, overwrite=settings.overwrite)
+    if folder.output.is_dir() and any(folder.output.iterdir()) and not settings.overwrite:
+        raise UserError(
+            f"--output_dir {folder.output} exists already: pass --overwrite to replace it, or choose another."
+        )
     _check_machine(settings, where)
     with _claimed(folder):
         identity = _identity(plain, found, where)
@@ -98,6 +103,8 @@ def finetune(settings: FinetuneSettings) -> int:
         folder.publish()
     print(f"loss {results['first_loss']:.4f} -> {results['last_loss']:.4f} in {results['steps']:,} steps")
     print(f"wrote {folder.output}")
+    for run in sorted(folder.output.glob("wandb/offline-run-*")):
+        print(f"W&B offline run: wandb sync {run}")
     return 0
 
 
@@ -193,13 +200,6 @@ def _deepspeed_problems(file: Path) -> Iterator[str]:
     else:
         if not isinstance(config, dict):
             yield f"--deepspeed {file} holds no JSON object: name a DeepSpeed configuration, or use --zero_stage."
-
-
-def _refuse_output(output: Path, *, overwrite: bool) -> None:
-    if output.is_file():
-        raise UserError(f"--output_dir {output} is a file, a folder name was expected: choose another output.")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise UserError(f"--output_dir {output} exists already: pass --overwrite to replace it, or choose another.")
 
 
 def _check_machine(settings: FinetuneSettings, where: Allocation) -> None:

@@ -42,7 +42,7 @@ class FinetuneTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint with NaN in it would be taken for a good one."""
-        for parameter in self.model.parameters():
+        for parameter in model.parameters():
             own_part = getattr(parameter, "ds_tensor", parameter)  # under ZeRO-3 a rank holds a part
             if not bool(torch.isfinite(own_part).all()):
                 raise self._non_finite(self.state.global_step, float("nan"))

@@ -1,0 +1,316 @@
+"""Step 4 as its users call it: what is refused, before anything is written, and what a call prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from train import settings as settings_module
+from train.finetune import launch
+from train.finetune.settings import FinetuneSettings
+
+SCRIPTS = Path(__file__).parents[2] / "scripts" / "step4_finetune_model"
+SEEDS_LAUNCHER = SCRIPTS / "gcp_honban_node-2_gpu-16" / "dataset-openassistant" / "launcher-deepspeed_zero-3.sh"
+
+
+def call(*argv: str | Path) -> int:
+    """The launcher, in this process."""
+    from train import cli
+
+    return cli.run(
+        FinetuneSettings,
+        launch.finetune,
+        [str(word) for word in argv],
+        description="",
+        example="",
+        recipe_dir=SCRIPTS / "recipes",
+    )
+
+
+@pytest.fixture
+def files(base_model: Path, question_file: Path, tmp_path: Path) -> dict[str, Any]:
+    """A call that would work."""
+    return {
+        "model_name_or_path": base_model,
+        "data_files": question_file,
+        "output_dir": tmp_path / "out",
+        "max_seq_length": 128,
+        "device": "cpu",
+    }
+
+
+def argv(files: dict[str, Any], **changes: Any) -> list[str]:
+    given = files | changes
+    words: list[str] = []
+    for name, value in given.items():
+        if value is not None:
+            words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return words
+
+
+BAD_SETTINGS = [
+    ({"use_peft": True}, "--use_peft: LoRA is not in this version"),
+    ({"load_in_8bit": True}, "--load_in_8bit: 8-bit loading is not in this version"),
+    ({"load_in_4bit": True}, "--load_in_4bit: 4-bit loading is not in this version"),
+    ({"peft_lora_r": 8}, "--peft_lora_r: LoRA is not in this version"),
+    ({"per_device_train_batch_size": 0}, "--per_device_train_batch_size 0: it must be at least 1"),
+    ({"save_steps": -1}, "--save_steps -1: it must not be negative"),
+    ({"max_seq_length": 1}, "--max_seq_length 1: it must be at least 2"),
+    ({"learning_rate": 0}, "--learning_rate 0.0: it must be above 0"),
+    ({"warmup_ratio": 1}, "--warmup_ratio 1.0: it must be at least 0 and below 1"),
+    ({"max_steps": 0}, "--max_steps 0: it must be at least 1"),
+    ({"num_train_epochs": 0}, "--num_train_epochs 0.0: it must be above 0"),
+    ({"bf16": True, "fp16": True}, "--bf16 and --fp16 exclude each other"),
+    ({"fp16": True}, "--fp16 needs a GPU"),
+    ({"zero_stage": 1}, "--zero_stage 1 is not one of 0, 2, 3"),
+    ({"zero_stage": 2, "deepspeed": "x.json"}, "--deepspeed and --zero_stage exclude each other"),
+    ({"instruction_template": " "}, "--instruction_template is blank"),
+    ({"response_template": "### Human:"}, "are the same"),
+    ({"wandb_project": "p"}, "--wandb_project has no effect without --use_wandb"),
+    ({"too_long": "cut"}, "--too_long 'cut' is not one of truncate, drop"),
+    ({"lerning_rate": 1}, "did you mean --learning_rate?"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_SETTINGS)
+def test_bad_settings(
+    files: dict[str, Any], changes: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(*argv(files, **changes), "--dry_run") == 2
+    assert message in capsys.readouterr().err
+
+
+def _write(file: Path, content: str) -> Path:
+    file.write_text(content)
+    return file
+
+
+def _copy(base: Path, to: Path, *without: str) -> Path:
+    shutil.copytree(base, to)
+    for name in without:
+        (to / name).unlink()
+    return to
+
+
+BAD_INPUTS: list[tuple[Callable[[Path, Path], dict[str, Any]], str]] = [
+    (
+        lambda tmp, base: {"model_name_or_path": "./none"},
+        "./none: there is no such folder, and it is no name on the Hub",
+    ),
+    (lambda tmp, base: {"model_name_or_path": _write(tmp / "f", "x")}, "is a file, a model folder is expected"),
+    (lambda tmp, base: {"model_name_or_path": _copy(base, tmp / "m", "config.json")}, "has no config.json"),
+    (lambda tmp, base: {"model_name_or_path": _copy(base, tmp / "m", "model.safetensors")}, "has no model.safetensors"),
+    (lambda tmp, base: {"model_name_or_path": _copy(base, tmp / "m", "tokenizer.json")}, "has no tokenizer.json"),
+    (lambda tmp, base: {"model_name_or_path": _copy(base, tmp / ".m.unfinished-h-1")}, "is the unfinished output"),
+    (lambda tmp, base: {"data_files": tmp / "none.jsonl"}, "there is no file"),
+    (lambda tmp, base: {"data_files": tmp}, "is a folder, a file is expected"),
+    (lambda tmp, base: {"data_files": _write(tmp / "e.jsonl", "")}, "is empty"),
+    (lambda tmp, base: {"data_files": _write(tmp / "b.jsonl", "\n\n")}, "no token would be trained (the files hold no"),
+    (
+        lambda tmp, base: {"data_files": _write(tmp / "b.jsonl", '{"text": 1}\n')},
+        "b.jsonl, line 1: key 'text' holds a num",
+    ),
+    (lambda tmp, base: {"eval_data_files": tmp / "none.jsonl"}, "there is no file"),
+    (lambda tmp, base: {"deepspeed": tmp / "none.json"}, "cannot be read"),
+    (lambda tmp, base: {"deepspeed": _write(tmp / "d.json", "{")}, "is not JSON"),
+    (lambda tmp, base: {"deepspeed": _write(tmp / "d.json", "[]")}, "holds no JSON object"),
+    (lambda tmp, base: {"output_dir": _write(tmp / "o", "x")}, "is a file, a folder name was expected"),
+    (lambda tmp, base: {"output_dir": base}, "exists already: pass --overwrite"),
+    (lambda tmp, base: {"max_seq_length": 129}, "--max_seq_length 129: the model has 128 positions"),
+    (lambda tmp, base: {"max_seq_length": 8}, "have no answer within --max_seq_length 8"),
+    (lambda tmp, base: {"max_seq_length": 8, "too_long": "drop"}, "12 were longer than --max_seq_length 8"),
+    (lambda tmp, base: {"use_flash_attention_2": True}, "--use_flash_attention_2 needs a GPU"),
+    (lambda tmp, base: {"instruction_template": "Q:"}, "no 'Q:'; name the right --instruction_template"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_INPUTS)
+def test_bad_inputs_end_before_anything_is_written(
+    files: dict[str, Any],
+    change: Callable[[Path, Path], dict[str, Any]],
+    message: str,
+    base_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    changed = change(tmp_path, base_model)
+    before = sorted(tmp_path.rglob("*"))
+    assert call(*argv(files, **changed)) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_problems_are_told_together(files: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(*argv(files, model_name_or_path="./none", data_files="./none.jsonl", deepspeed="./none.json")) == 2
+    assert "3 problems" in capsys.readouterr().err
+
+
+def test_a_vocabulary_too_small(
+    files: dict[str, Any], base_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = _copy(base_model, tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
+    assert call(*argv(files, model_name_or_path=folder)) == 2
+    assert "has a vocabulary of 300: they do not belong together" in capsys.readouterr().err
+
+
+def test_a_tokenizer_without_end_token(
+    files: dict[str, Any], base_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = _copy(base_model, tmp_path / "t")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["eos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert call(*argv(files, tokenizer_name_or_path=folder)) == 2
+    assert "has no eos_token" in capsys.readouterr().err
+
+
+def test_a_base_model_that_changed_since_its_verification(
+    files: dict[str, Any], base_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from train.checkpoint import verification
+
+    folder = _copy(base_model, tmp_path / "m")
+    verification.write(folder, {})
+    (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
+    assert call(*argv(files, model_name_or_path=folder)) == 2
+    assert "changed after the verification" in capsys.readouterr().err
+
+
+def test_without_a_network_the_flags_to_pass_are_named(
+    files: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert call(*argv(files, data_files=None, model_name_or_path="nobody/no-such-model")) == 2
+    told = capsys.readouterr().err
+    assert "no --data_files is given, and openassistant_best_replies_train.jsonl" in told
+    assert "pass --data_files FILE" in told
+    assert "--model_name_or_path nobody/no-such-model is no folder here" in told
+
+
+def test_several_nodes_are_refused(
+    files: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    assert call(*argv(files)) == 2
+    assert "2 nodes" in capsys.readouterr().err
+
+
+def test_two_launches_with_one_output(files: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = launch.FinetuneFolder(files["output_dir"])
+    with launch._claimed(folder):
+        assert call(*argv(files)) == 2
+    assert "is being made by another process" in capsys.readouterr().err
+
+
+def test_an_unfinished_run_with_other_settings_is_not_continued(
+    files: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch.process, "run", lambda command, *, log: 1)
+    assert call(*argv(files)) == 1
+    assert "broke off with status 1" in capsys.readouterr().err
+    assert call(*argv(files, learning_rate=1e-3, num_processes=2)) == 2
+    told = capsys.readouterr().err
+    assert "learning_rate (5e-05, now 0.001)" in told and "processes (1, now 2)" in told and "--resume never" in told
+    assert call(*argv(files, learning_rate=1e-3, resume="never")) == 1
+    assert not files["output_dir"].exists()
+
+
+@pytest.mark.parametrize("recipe", sorted(file.stem for file in (SCRIPTS / "recipes").glob("*.yaml")))
+def test_every_recipe_is_valid_and_runs_dry(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("--recipe", recipe, "--model_name_or_path", "m", "--output_dir", "o", "--dry_run") == 0
+    assert "train.finetune.worker" in capsys.readouterr().out
+
+
+def test_deepspeed_configuration_and_command(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model_name_or_path", "m", "--output_dir", "o", "--device", "cpu", "--dry_run"]
+    assert call(*words, "--zero_stage", "3", "--num_processes", "2") == 0
+    told = capsys.readouterr().out
+    start = told.index("{")
+    config = json.loads(told[start : told.index("\n}") + 2])
+    assert config["zero_optimization"]["stage"] == 3
+    assert config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
+    assert config["zero_optimization"]["overlap_comm"] is False
+    assert "optimizer" not in config
+    assert "torch.distributed.run --standalone --nproc_per_node 2" in told
+    assert call(*words) == 0
+    assert "torch.distributed.run" not in capsys.readouterr().out
+
+
+def test_llm_jp_sft_flags_are_accepted_as_written(capsys: pytest.CaptureFixture[str]) -> None:
+    written = """--num_train_epochs 2 --per_device_train_batch_size 1 --gradient_accumulation_steps 32 --bf16
+        --learning_rate 1e-5 --warmup_ratio 0.1 --lr_scheduler_type cosine --max_seq_length 2048 --logging_steps 1
+        --gradient_checkpointing --data_files a.jsonl b.jsonl --eval_data_files c.jsonl --model_name_or_path me/gpt
+        --tokenizer_name_or_path me/tokenizer --output_dir out --use_fast False --additional_special_tokens <a> <b>
+        --deepspeed ds.json --use_wandb --wandb_entity e --wandb_project p --wandb_group g --wandb_tag t
+        --save_steps 10 --save_total_limit 1 --seed 1 --weight_decay 0.1 --max_grad_norm 0.5 --max_steps 3 --packing
+        --use_peft False --load_in_4bit False --use_flash_attention_2 False --dry_run"""
+    words = written.split()
+    words += ["--instruction_template", "### Human:", "--response_template", "### Assistant:"]
+    assert call(*words) == 0
+    assert "32 accumulation steps" in capsys.readouterr().out
+
+
+def test_line_ends_in_templates_as_shells_pass_them() -> None:
+    given = settings_module.build(
+        FinetuneSettings,
+        {
+            "model_name_or_path": "m",
+            "output_dir": "o",
+            "instruction_template": "\\n### Q:\\n",
+            "response_template": "A",
+        },
+    )
+    assert given.with_line_ends().instruction_template == "\n### Q:\n"
+
+
+@pytest.mark.parametrize("script", [SCRIPTS / "finetune.sh", SEEDS_LAUNCHER])
+def test_help_and_dry_run_need_no_torch(script: Path, tmp_path: Path) -> None:
+    """Answers at once: the environment has a torch that cannot be imported."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    model = ["--model_name_or_path", "m", "--output_dir", "o"]
+    for words in (["--help"], [*model, "--zero_stage", "3", "--dry_run"]):
+        done = subprocess.run(["bash", script, *words], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_seeds_command_as_written(tmp_path: Path) -> None:
+    words = ["--input_model_name_or_path", "me/gpt_0.125B_global_step1000", "--input_max_seq_length", "2048"]
+    words += ["--output_tokenizer_and_model_dir", f"{tmp_path}/with space/out/", "--wandb_entity", "e"]
+    words += ["--wandb_project", "p", "--wandb_tag", "other_gpu"]
+    for form in (words, [f"{name}={value}" for name, value in zip(words[::2], words[1::2], strict=True)]):
+        done = subprocess.run(["bash", SEEDS_LAUNCHER, *form, "--dry_run"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert f"output: {tmp_path}/with space/out\n" in done.stdout
+        assert '"stage": 3' in done.stdout
+    environment = {**os.environ, "SLURM_JOB_NUM_NODES": "2"}
+    done = subprocess.run(
+        ["bash", SEEDS_LAUNCHER, *words], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "2 nodes" in done.stderr
+
+
+def test_tokens_are_added_to_a_copy(base_model: Path, tmp_path: Path) -> None:
+    from train.finetune import inputs
+
+    before = (base_model / "tokenizer.json").read_bytes()
+    inputs.copy_tokenizer(base_model, tmp_path / "tokenizer")
+    assert (tmp_path / "tokenizer" / "tokenizer.json").read_bytes() == before
+    assert inputs.add_tokens(tmp_path / "tokenizer", ["<|new|>", "</s>", "<|new|>"]) == 1
+    known = len(inputs.load_tokenizer(base_model))
+    tokenizer = inputs.load_tokenizer(tmp_path / "tokenizer")
+    assert tokenizer("x<|new|>", add_special_tokens=False)["input_ids"][-1] == known
+    assert (base_model / "tokenizer.json").read_bytes() == before

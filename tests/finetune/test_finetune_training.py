@@ -1,0 +1,245 @@
+"""Real trainings of a tiny model: what comes out is what was trained, and an interrupted run ends in the same place."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_finetune_launch import SEEDS_LAUNCHER, argv, call  # type: ignore[import-not-found]
+
+from train.errors import EXIT_INTERRUPTED, EXIT_NON_FINITE_LOSS, EXIT_VERIFICATION
+from train.finetune import launch
+from train.process import Command
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def files(base_model: Path, question_file: Path, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "model_name_or_path": base_model,
+        "data_files": question_file,
+        "output_dir": tmp_path / "out",
+        "max_seq_length": 128,
+        "device": "cpu",
+        "max_steps": 8,
+        "save_steps": 4,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 6,
+        "logging_steps": 1,
+        "show_examples": 1,
+    }
+
+
+@pytest.fixture(scope="session")
+def extensions_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("torch_extensions")
+
+
+def _metrics(folder: Path) -> dict[int, float]:
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return {record["step"]: record["loss"] for record in records if "loss" in record}
+
+
+def _weights(folder: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def test_one_process_from_data_to_answers(
+    files: dict[str, Any], base_model: Path, question_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from train.checkpoint import verification
+    from train.finetune import masks
+    from train.finetune.generate import GenerateSettings, answers
+
+    words = argv(files, max_steps=120, save_steps=60, logging_steps=10, eval_data_files=question_file, eval_steps=60)
+    assert call(*words) == 0
+    told = capsys.readouterr().out
+    assert "### Assistant:[[ cat is tac.</s>]]" in told
+    assert "step 120/120 (100%)" in told and "checkpoint saved" in told
+
+    out = files["output_dir"]
+    results = json.loads((out / "manifest.json").read_text())["results"]
+    assert results["last_loss"] < 0.1 < 5 < results["first_loss"]
+    assert results["eval_loss"] < 0.1 < 5 < results["first_eval_loss"]
+    assert results["examples"]["examples"] == 12 and results["steps"] == 120
+    assert [record["step"] for record in results["lineage"]] == ["convert_model"]
+    inputs = [Path(item["path"]) for item in json.loads((out / "manifest.json").read_text())["inputs"]]
+    assert inputs[0] == base_model / "manifest.json" and question_file in inputs
+
+    record = verification.require(out)
+    assert record["weights"]["max_abs_difference"] == 0 and record["weights"]["tensors"] == 21
+    assert record["logits"]["relative_difference"] <= 1e-4
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (out / name).read_bytes() == (base_model / name).read_bytes()
+    assert not [path for path in out.parent.iterdir() if path.name.startswith(".out")]
+    assert any((out / "tensorboard").iterdir()) and any((out / "log").iterdir()) and (out / "recipe.yaml").is_file()
+
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert masks.prompt_ids(tokenizer, [{"role": "user", "content": "x"}])[-1] == tokenizer(":")["input_ids"][-1]
+    assert AutoModelForCausalLM.from_pretrained(out).generation_config.eos_token_id == tokenizer.eos_token_id
+    asked = GenerateSettings(model_name_or_path=str(out), prompt="-", max_new_tokens=40, device="cpu")
+    prompts = ["what is cat?", "what is sky?", "what is 犬?"]
+    said = list(answers(asked, prompts))
+    assert [answer.answer for answer in said] == ["cat is tac.", "sky is yks.", "犬 is 犬."]
+    assert all(answer.ended for answer in said)
+
+    assert call(*words) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert call(*argv(files, max_steps=3)) == 2
+    assert "exists already: pass --overwrite" in capsys.readouterr().err
+
+
+def _failing_at(step: int, what: str) -> Callable[..., Command]:
+    """A worker that meets `what` when it comes to a step."""
+    original = launch.build_command
+    code = f"""
+import sys
+from train.finetune import trainer, worker
+real = trainer.FinetuneTrainer.training_step
+def training_step(self, model, inputs, num_items_in_batch=None):
+    if self.state.global_step + 1 == {step}:
+        {what}
+    return real(self, model, inputs, num_items_in_batch)
+trainer.FinetuneTrainer.training_step = training_step
+raise SystemExit(worker.main())
+"""
+
+    def build(*arguments: Any) -> Command:
+        command = original(*arguments)
+        tail = command.argv[command.argv.index("train.finetune.worker") + 1 :]
+        return Command((sys.executable, "-c", code, *tail), command.environment, files=command.files)
+
+    return build
+
+
+def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
+    files: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(*argv(files, output_dir=tmp_path / "whole")) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "build_command", _failing_at(7, "raise KeyboardInterrupt"))
+        assert call(*argv(files)) == EXIT_INTERRUPTED
+    assert "goes on from the last checkpoint" in capsys.readouterr().err
+    assert not files["output_dir"].exists()
+    unfinished = launch.FinetuneFolder(files["output_dir"])
+    half_written = unfinished.checkpoint_dir / "checkpoint-6"
+    shutil.copytree(unfinished.checkpoint_dir / "checkpoint-4", half_written)
+    (half_written / "whole").unlink()
+
+    assert call(*argv(files)) == 0
+    assert "going on from step 4" in capsys.readouterr().out
+    assert _metrics(files["output_dir"]) == _metrics(tmp_path / "whole")
+    one, other = _weights(files["output_dir"]), _weights(tmp_path / "whole")
+    assert all(one[name].equal(other[name]) for name in other)
+    tokens = [json.loads(line)["tokens"] for line in (files["output_dir"] / "metrics.jsonl").read_text().splitlines()]
+    assert tokens == sorted(tokens) and len(set(tokens)) == 8
+
+
+@pytest.mark.parametrize("place", ["loss", "weights"])
+def test_nan_has_its_own_exit_code_and_names_the_last_good_checkpoint(
+    files: dict[str, Any], place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil = {
+        "loss": "next(model.parameters()).data.fill_(float('nan'))",
+        "weights": "self.optimizer.step = lambda *a, **k: next(model.parameters()).data.fill_(float('inf'))",
+    }
+    monkeypatch.setattr(launch, "build_command", _failing_at({"loss": 6, "weights": 8}[place], spoil[place]))
+    assert call(*argv(files)) == EXIT_NON_FINITE_LOSS
+    told = capsys.readouterr().err
+    assert "loss or weights are nan" in told and "checkpoint-4" in told
+    assert not files["output_dir"].exists()
+
+
+def test_a_batch_that_trains_nothing_stops_the_run(
+    files: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launch, "build_command", _failing_at(2, "inputs['labels'].fill_(-100)"))
+    assert call(*argv(files)) == 2
+    assert "step 2: a batch has no token to train" in capsys.readouterr().err
+
+
+def test_what_was_saved_differently_is_not_handed_over(
+    files: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    trained = launch._train
+
+    def spoil(plan: Any, where: Any, folder: Any) -> None:
+        trained(plan, where, folder)
+        file = folder.model_dir / "model.safetensors"
+        weights = load_file(file)
+        weights["model.norm.weight"] *= 1.01
+        save_file(weights, file, metadata={"format": "pt"})
+
+    monkeypatch.setattr(launch, "_train", spoil)
+    assert call(*argv(files, max_steps=1)) == EXIT_VERIFICATION
+    assert "the logits differ from the training process's own" in capsys.readouterr().err
+    assert not files["output_dir"].exists()
+
+
+def test_packing_truncation_and_added_tokens(files: dict[str, Any]) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    changes = {"packing": True, "max_seq_length": 44, "additional_special_tokens": [f"<|{n}|>" for n in range(400)]}
+    assert call(*argv(files, **changes, max_steps=2)) == 0
+    out = files["output_dir"]
+    account = json.loads((out / "manifest.json").read_text())["results"]["examples"]
+    assert 0 < account["truncated"] < 12 and account["examples"] == 12
+    tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForCausalLM.from_pretrained(out)
+    assert model.config.vocab_size == len(tokenizer) > 600
+
+
+def test_zero_3_on_two_processes_trains_what_one_process_trains(
+    files: dict[str, Any],
+    tmp_path: Path,
+    extensions_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from train.checkpoint import verification
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(extensions_dir))
+    spread = {"per_device_train_batch_size": 3, "num_processes": 2, "zero_stage": 3, "gradient_checkpointing": True}
+    one_by_one = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 3}
+    assert call(*argv(files, **one_by_one, output_dir=tmp_path / "one")) == 0
+    assert call(*argv(files, **spread)) == 0
+    out = files["output_dir"]
+    assert verification.require(out)["weights"]["max_abs_difference"] == 0
+    one, two = _metrics(tmp_path / "one"), _metrics(out)
+    assert two == pytest.approx(one, rel=1e-3)
+    assert len(list(AutoModelForCausalLM.from_pretrained(out).parameters())) == 21
+    single, gathered = _weights(tmp_path / "one"), _weights(out)
+    assert all(gathered[name].allclose(single[name], atol=1e-3) for name in single)
+
+
+def test_the_seeds_command_under_zero_3(
+    base_model: Path, question_file: Path, tmp_path: Path, extensions_dir: Path
+) -> None:
+    from train import process
+    from train.checkpoint import verification
+
+    out = tmp_path / "with space" / "gpt_openassistant"
+    words = ["bash", SEEDS_LAUNCHER, "--input_model_name_or_path", base_model, "--input_max_seq_length", 128]
+    words += ["--output_tokenizer_and_model_dir", f"{out}/", "--wandb_entity", "someone", "--wandb_project", "chat"]
+    words += ["--wandb_tag", "other_gpu", "--data_files", question_file]
+    environment = {"HOME": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(extensions_dir), "WANDB_MODE": "offline"}
+    status, told = process.capture(Command(tuple(map(str, words)), environment), timeout_s=600)
+    assert status == 0, told
+    assert verification.require(out)["weights"]["dtype"] == "bfloat16"
+    assert "W&B: offline" in told and "W&B offline run: wandb sync" in told
+    (recorded,) = (out / "wandb").glob("offline-run-*/run-*.wandb")
+    content = recorded.read_bytes()
+    assert b"other_gpu" in content and b"finetune_tiny-llama_" in content and b"someone" in content
