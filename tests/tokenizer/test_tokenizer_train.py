@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -72,7 +71,7 @@ def test_help_and_dry_run_need_no_input_and_no_heavy_library(tmp_path: Path, lau
     assert all(f"--{name}" in shown.stdout for name in flag_names(TrainTokenizerSettings))
 
 
-@pytest.mark.parametrize("model_type", ["unigram", "bpe", "word", "char"])
+@pytest.mark.parametrize("model_type", ["unigram", "bpe", "char"])
 def test_special_tokens_have_their_ids_and_nothing_is_lost(trained: Callable[..., Path], model_type: str) -> None:
     processor = sentencepiece.SentencePieceProcessor(model_file=str(trained(model_type)))
     expected = [special_tokens.UNK_TOKEN, *special_tokens.USER_DEFINED_SYMBOLS]
@@ -100,7 +99,7 @@ def test_json_lines_are_read_as_documents(corpus: Path, trained: Callable[..., P
 def test_a_line_inside_a_document_does_not_begin_with_a_space(tmp_path: Path) -> None:
     file = tmp_path / "lines.jsonl"
     file.write_text(json.dumps({"text": "start\n" + "inner\n" * 20}) + "\n" + json.dumps({"text": "start\n"}) + "\n")
-    assert train_tokenizer(settings(file, tmp_path / "t", vocab_size=276, model_type="bpe")) == 0
+    assert train_tokenizer(settings(file, tmp_path / "t", vocab_size=278, model_type="bpe")) == 0
     pieces = {piece.piece for piece in read_model(tmp_path / "t.model").pieces}
     assert "inner" in pieces
     assert "▁inner" not in pieces
@@ -230,7 +229,7 @@ def test_text_without_text_is_refused(tmp_path: Path) -> None:
         train_tokenizer(settings(file, tmp_path / "t"))
     marks = tmp_path / "marks.jsonl"
     marks.write_text('{"text": "\\n\\u0001\\u0002"}\n')  # nmt_nfkc leaves nothing of it
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=r"there is no text in .*marks\.jsonl"):
         train_tokenizer(settings(marks, tmp_path / "t"))
     assert names(tmp_path) == ["blank.jsonl", "marks.jsonl"]
 
@@ -282,11 +281,10 @@ def test_an_output_that_cannot_be_written_is_met_before_the_work(corpus: Path, t
         train_tokenizer(settings(corpus, tmp_path / "file" / "t"))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
-def test_a_folder_without_permission_is_refused(corpus: Path, tmp_path: Path) -> None:
-    tmp_path.chmod(0o555)
-    with pytest.raises(UserError, match="is not writable"):
-        train_tokenizer(settings(corpus, tmp_path / "t"))
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="there is no /proc, where not even the superuser may write")
+def test_an_unwritable_place_is_refused(corpus: Path) -> None:
+    with pytest.raises(UserError, match="choose a writable output"):
+        train_tokenizer(settings(corpus, Path("/proc/absent/t")))
 
 
 def test_nothing_appears_when_the_last_write_fails(

@@ -243,7 +243,7 @@ def _trainer_problem(message: str, settings: TrainTokenizerSettings) -> Exceptio
     if "(vocab_size) >= (0)" in message:
         reserved = len(USER_DEFINED_SYMBOLS) + 257
         return UserError(f"{given} is too small: the special tokens and 256 bytes alone take {reserved}. Pass more.")
-    if "sentences_.empty()" in message:
+    if "sentences_.empty()" in message or "(all_chars_count) > (0)" in message:
         return _no_text(settings)
     return RuntimeError(f"SentencePiece failed: {message}")
 
