@@ -181,6 +181,35 @@ def test_by_default_they_are_compared_on_the_training_data(
     assert [item["step"] for item in carried] == ["pretrain_model", "preprocess_data"]
 
 
+def test_the_checkpoint_of_a_run_that_goes_on_knows_its_data_too(
+    make_checkpoint: MakeCheckpoint, tokenizer_file: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """Such a run has a recipe, and no manifest yet."""
+    from train import settings
+    from train.data.preprocess import PreprocessSettings, preprocess
+    from train.recipe import PretrainRecipe
+    from train.run_folder import of_checkpoint
+
+    checkpoint, prefix = make_checkpoint(), tmp_path / "tokens" / "corpus"
+    preprocess(PreprocessSettings(tokenizer_file, (str(corpus),), prefix, workers=1))
+    run = of_checkpoint(checkpoint)
+    assert run is not None
+    given = {
+        "data": {"input_tokenizer_file": str(tokenizer_file), "data_path": [str(prefix.parent)]},
+        "training": {"train_tokens": 10**6},
+        "checkpoint": {"output_model_dir": str(run.root)},
+    }
+    run.recipe.parent.mkdir()
+    run.recipe.write_text(settings.to_yaml(settings.build(PretrainRecipe, given)))
+    convert(settings_for(tokenizer_file, checkpoint, tmp_path / "hf"))
+    record = json.loads((tmp_path / "hf" / "verification.json").read_text())
+    assert "50 documents of the training data" in record["tokenizer"]["texts_from"]
+    shutil.rmtree(prefix.parent)
+    convert(settings_for(tokenizer_file, checkpoint, tmp_path / "hf2"))
+    record = json.loads((tmp_path / "hf2" / "verification.json").read_text())
+    assert "hard cases only" in record["tokenizer"]["texts_from"]
+
+
 def test_another_tokenizer_than_the_datas_is_refused(
     make_checkpoint: MakeCheckpoint, tokenizer_file: Path, corpus: Path, tmp_path: Path
 ) -> None:

@@ -22,7 +22,7 @@ def trace(files: Iterable[Path]) -> list[dict[str, Any]]:
     reading = list(files)
     for _ in range(_DEEPEST):
         makers = {maker for maker in map(manifest_of, reading) if maker is not None and maker not in found}
-        reading = []
+        reading = [source for file in reading for source in _sources_of_unfinished_run(file)]
         for maker in sorted(makers):
             try:
                 record = manifest.read(maker)
@@ -39,6 +39,23 @@ def manifest_of(file: Path) -> Path | None:
     candidates = [run.manifest] if run is not None else []
     candidates += [file.with_suffix(".manifest.json"), file.parent / manifest.FILE_NAME]
     return next((candidate for candidate in candidates if candidate.is_file()), None)
+
+
+def _sources_of_unfinished_run(file: Path) -> list[Path]:
+    """What a run reads that has checkpoints and no manifest yet, by its recipe; a manifest comes when it ends."""
+    from train import settings
+    from train.data.blend import read_blend
+    from train.recipe import PretrainRecipe
+
+    run = run_folder.of_checkpoint(file.parent)
+    if run is None or run.manifest.is_file() or not run.recipe.is_file():
+        return []
+    try:
+        data = settings.build(PretrainRecipe, settings.read_yaml(run.recipe)).data
+        indexes = [Path(f"{part.prefix}.idx") for part in read_blend(data.data_path)]
+    except UserError:  # the data has moved, or the recipe is of another version
+        return []
+    return [data.input_tokenizer_file, *indexes]
 
 
 def input_files(record: Mapping[str, Any]) -> list[Path]:

@@ -214,12 +214,12 @@ def _check_tokenizer(folder: Path, tokenizer: Any, source: Source, problems: lis
             f"the converted tokenizer differs from {source.tokenizer_model.name} in {report.mismatched_ids} ids and "
             f"{report.mismatched_decodes} decodes of {report.texts} texts; first: {report.first_difference}."
         )
+    counts = {name: value for name, value in report.as_dict().items() if name not in ("passed", "first_difference")}
     return record | {
         "compared_with": source.tokenizer_model.name,
-        "texts": report.texts,
         "texts_from": source.parity_source,
-        "tokens": report.tokens,
         "mismatches": report.mismatched_ids + report.mismatched_decodes,
+        **counts,
     }
 
 
