@@ -117,7 +117,12 @@ def build_stages(settings: DemoSettings) -> Iterator[Stage]:
     yield Stage(
         "2 preprocess data",
         "step2_pretrain_model/preprocess_data.sh",
-        {"input": data / "documents.jsonl", "input_tokenizer_file": tokenizer, "output_prefix": tokens},
+        {
+            "input": data / "documents.jsonl",
+            "input_tokenizer_file": tokenizer,
+            "output_prefix": tokens,
+            "count_eod_in_index": True,
+        },
         tokens.with_name(tokens.name + "_text_document.manifest.json"),
         lambda record: _numbers(record, "documents", "tokens"),
     )
@@ -196,7 +201,11 @@ def _numbers(record: dict[str, Any], *names: str) -> str:
 
 def _tokenizer_summary(record: dict[str, Any]) -> str:
     results = record["results"]
-    return f"vocabulary {results['vocab_size']:,}, {results['characters_per_token']:.2f} characters per token"
+    report = results["report"]
+    return (
+        f"vocabulary {results['vocabulary_size']:,}, {report['characters_per_token']:.2f} characters per token on"
+        f" {report['documents']:,} unseen documents"
+    )
 
 
 def _pretrain_summary(record: dict[str, Any]) -> str:
@@ -211,8 +220,8 @@ def _parity_summary(folder: Path) -> str:
     proof = json.loads((folder / "verification.json").read_text(encoding="utf-8"))
     tokenizer, logits = proof["tokenizer"], proof["logits"]
     return (
-        f"tokenizer {tokenizer['mismatched_ids'] + tokenizer['mismatched_decodes']} mismatches in"
-        f" {tokenizer['texts']:,} texts, logits differ by {logits['max_relative_difference']:.1e} at most"
+        f"tokenizer {tokenizer['mismatches']} mismatches in {tokenizer['texts']:,} texts,"
+        f" logits differ by {logits['relative_difference']:.1e} of {logits['tolerance']:.0e} allowed"
     )
 
 
