@@ -11,27 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from finetune_samples import SCRIPTS, SEEDS_LAUNCHER, argv, call, converted_sentencepiece  # type: ignore[import-not-found]
 
 from train import settings as settings_module
 from train.finetune import launch
 from train.finetune.settings import FinetuneSettings
-
-SCRIPTS = Path(__file__).parents[2] / "scripts" / "step4_finetune_model"
-SEEDS_LAUNCHER = SCRIPTS / "gcp_honban_node-2_gpu-16" / "dataset-openassistant" / "launcher-deepspeed_zero-3.sh"
-
-
-def call(*argv: str | Path) -> int:
-    """The launcher, in this process."""
-    from train import cli
-
-    return cli.run(
-        FinetuneSettings,
-        launch.finetune,
-        [str(word) for word in argv],
-        description="",
-        example="",
-        recipe_dir=SCRIPTS / "recipes",
-    )
 
 
 @pytest.fixture
@@ -44,15 +28,6 @@ def files(base_model: Path, question_file: Path, tmp_path: Path) -> dict[str, An
         "max_seq_length": 128,
         "device": "cpu",
     }
-
-
-def argv(files: dict[str, Any], **changes: Any) -> list[str]:
-    given = files | changes
-    words: list[str] = []
-    for name, value in given.items():
-        if value is not None:
-            words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    return words
 
 
 BAD_SETTINGS = [
@@ -171,6 +146,16 @@ def test_a_tokenizer_without_end_token(
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     assert call(*argv(files, tokenizer_name_or_path=folder)) == 2
     assert "has no eos_token" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_does_not_find_its_end_token_in_a_text(
+    files: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "t").mkdir()
+    control = {"user_defined_symbols": ["\n"], "bos_id": 1, "eos_id": 2}  # SentencePiece's own way
+    converted_sentencepiece(tmp_path / "t", "unigram", **control)
+    assert call(*argv(files, tokenizer_name_or_path=tmp_path / "t")) == 2
+    assert "reads its end token '</s>' in a text as plain letters" in capsys.readouterr().err
 
 
 def test_a_base_model_that_changed_since_its_verification(

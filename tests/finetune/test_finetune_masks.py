@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import random_conversation  # type: ignore[import-not-found]
+from finetune_samples import converted_sentencepiece, random_conversation  # type: ignore[import-not-found]
 
 from train.finetune import chat_template, masks
 from train.finetune.conversations import Conversation, Message
@@ -50,6 +50,23 @@ def test_a_prompt_at_generation_is_a_prefix_of_what_was_trained(tokenizer: Any) 
             assert list(example.input_ids[:start]) == prompt
             direct = tokenizer.apply_chat_template(chat[:number], add_generation_prompt=True)["input_ids"]
             assert direct == prompt
+
+
+def test_normalisation_does_not_reach_over_the_beginning_of_an_answer(tmp_path: Path) -> None:
+    """The normalisation of step 1 joins letters and marks, and turns tabs into spaces."""
+    from transformers import AutoTokenizer
+
+    converted_sentencepiece(tmp_path, "unigram", normalization="nmt_nfkc")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.chat_template = chat_template.build("### Human:", "### Assistant:")
+    source = random.Random(9)
+    chats = [random_conversation(source) for _ in range(200)]
+    for chat in chats:
+        chat[-1]["content"] = source.choice(["\u0301", "\u3099", "ﾞ", "½", "\u3000", "e\u0301"]) + chat[-1]["content"]
+    for chat, example in zip(chats, masks.encode(tokenizer, [_conversation(chat) for chat in chats]), strict=True):
+        assert (example.joined, example.ends_open) == (0, 0)
+        start = [start for start, _, is_trained in masks.runs(example.labels) if is_trained][-1]
+        assert list(example.input_ids[:start]) == masks.prompt_ids(tokenizer, chat[:-1])
 
 
 def test_the_same_text_as_the_seeds(tokenizer: Any) -> None:

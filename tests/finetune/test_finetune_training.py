@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_finetune_launch import SEEDS_LAUNCHER, argv, call  # type: ignore[import-not-found]
+from finetune_samples import SEEDS_LAUNCHER, argv, call  # type: ignore[import-not-found]
 
 from train.errors import EXIT_INTERRUPTED, EXIT_NON_FINITE_LOSS, EXIT_VERIFICATION
 from train.finetune import launch
@@ -61,17 +61,17 @@ def test_one_process_from_data_to_answers(
     from train.finetune import masks
     from train.finetune.generate import GenerateSettings, answers
 
-    words = argv(files, max_steps=120, save_steps=60, logging_steps=10, eval_data_files=question_file, eval_steps=60)
+    words = argv(files, max_steps=300, save_steps=150, logging_steps=10, eval_data_files=question_file, eval_steps=150)
     assert call(*words) == 0
     told = capsys.readouterr().out
     assert "### Assistant:[[ cat is tac.</s>]]" in told
-    assert "step 120/120 (100%)" in told and "checkpoint saved" in told
+    assert "step 300/300 (100%)" in told and "checkpoint saved" in told
 
     out = files["output_dir"]
     results = json.loads((out / "manifest.json").read_text())["results"]
     assert results["last_loss"] < 0.1 < 5 < results["first_loss"]
     assert results["eval_loss"] < 0.1 < 5 < results["first_eval_loss"]
-    assert results["examples"]["examples"] == 12 and results["steps"] == 120
+    assert results["examples"]["examples"] == 12 and results["steps"] == 300
     assert [record["step"] for record in results["lineage"]] == ["convert_model"]
     inputs = [Path(item["path"]) for item in json.loads((out / "manifest.json").read_text())["inputs"]]
     assert inputs[0] == base_model / "manifest.json" and question_file in inputs

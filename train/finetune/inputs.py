@@ -113,7 +113,7 @@ def load_tokenizer(folder: Path) -> Any:
     """The fast tokenizer in `folder`, with an end token.
 
     Raises:
-        UserError: it cannot be loaded, is not a fast one, or has no end token.
+        UserError: it cannot be loaded, is not a fast one, has no end token, or does not find it in a text.
     """
     from transformers import AutoTokenizer
 
@@ -128,6 +128,12 @@ def load_tokenizer(folder: Path) -> Any:
         raise UserError(f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer in {folder} has no eos_token: the model could not learn where to stop.")
+    if tokenizer(tokenizer.eos_token, add_special_tokens=False)["input_ids"][-1:] != [tokenizer.eos_token_id]:
+        raise UserError(
+            f"the tokenizer in {folder} reads its end token {tokenizer.eos_token!r} in a text as plain letters, so no "
+            "chat text could end: train it with the end token as a user-defined symbol, as step 1 does, or set "
+            "split_special_tokens to false in a copy of its tokenizer_config.json."
+        )
     return tokenizer
 
 
