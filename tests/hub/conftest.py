@@ -66,7 +66,7 @@ def write_manifests(folder: Path) -> None:
         {
             "step": "pretrain_model",
             "finished_at": "2024-01-03T00:00:00Z",
-            "settings": {"output_model_dir": "/home/someone/run"},
+            "settings": {"training": {"lr": 0.002, "global_batch_size": 1536}, "output_model_dir": "/home/someone/run"},
             "inputs": [{"path": "/home/someone/corpus.idx", "bytes": 1}],
             "results": {
                 "engine": "transformers",
@@ -83,7 +83,7 @@ def write_manifests(folder: Path) -> None:
             "finished_at": "2024-01-02T00:00:00Z",
             "settings": {"json_key": "text"},
             "inputs": [{"path": "/home/someone/wikipedia.jsonl", "bytes": 1}],
-            "results": {"documents": 4321, "tokens": 7654321},
+            "results": {"documents": 4321, "tokens": 7654321, "tokenizer_sha256": "0123abcd"},
             "software": {"sentencepiece": "0.2.3"},
         },
         {

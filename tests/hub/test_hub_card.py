@@ -39,6 +39,8 @@ def test_the_card_has_data_sizes_layout_losses_software(model_folder: Path) -> N
         "| inputs | wikipedia.jsonl |",
         "| tokens | 1,234,567 |",
         "| layout: zero stage | 1 |",
+        "| global batch size | 1,536 |",
+        "| lr | 0.002 |",
         "| 1 | 8.9500 |",
         "| 100 | 4.0000 |",
         "| characters per token | 3.5 |",
@@ -132,3 +134,4 @@ def test_a_list_in_a_result_is_no_row(model_folder: Path) -> None:
     card = model_card(model_folder, repository="me/tiny")
     assert "--secret" not in card
     assert "None" not in card
+    assert "sha256" not in card

@@ -39,6 +39,9 @@ _SIZES = {
 # GPT-2's config.json has names of its own for the same sizes.
 _GPT2_NAMES = {"n_embd": "hidden_size", "n_inner": "intermediate_size", "n_layer": "num_hidden_layers"}
 _GPT2_NAMES |= {"n_head": "num_attention_heads", "n_positions": "max_position_embeddings"}
+# The settings that shape a training; the names of both pretraining and finetuning.
+_TRAINING_SETTINGS = ("sequence_length", "max_seq_length", "global_batch_size", "num_train_epochs", "lr", "min_lr")
+_TRAINING_SETTINGS += ("learning_rate", "lr_decay_style", "lr_scheduler_type", "weight_decay", "precision", "seed")
 _CURVE_ROWS = 12
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -139,7 +142,7 @@ def _size_rows(config: Mapping[str, Any], record: Mapping[str, Any]) -> Iterator
 def _chapter(title: str, record: Mapping[str, Any]) -> str:
     """A step's results as a table, and its loss curve as another."""
     results = record["results"] if isinstance(record["results"], Mapping) else {}
-    rows = [*_result_rows(results)]
+    rows = [*_result_rows(results), *_setting_rows(record.get("settings") or {})]
     names = [path.name for path in lineage.input_files(record)]
     if names and title in ("Training data", "Finetuning"):
         rows.append(("inputs", _names(names)))
@@ -156,11 +159,21 @@ def _result_rows(results: Mapping[str, Any], prefix: str = "") -> Iterator[tuple
     """Numbers and names; lists are no table rows, and paths are nobody's business."""
     for key, value in results.items():
         label = f"{prefix}{key.replace('_', ' ')}"
+        if key.endswith("sha256"):
+            continue  # of a file that is not in the repository
         if isinstance(value, Mapping):
             if not prefix:
                 yield from _result_rows(value, f"{label}: ")
         elif isinstance(value, bool | int | float) or (isinstance(value, str) and value):
             yield label, _shown(value)
+
+
+def _setting_rows(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    sections = [section for section in settings.values() if isinstance(section, Mapping)]
+    for name in _TRAINING_SETTINGS:
+        for section in (settings, *sections):
+            if section.get(name) is not None:
+                yield name.replace("_", " "), _shown(section[name])
 
 
 def _shown(value: Any) -> str:
