@@ -1,0 +1,119 @@
+"""What the documents say holds: every command runs as written, every link leads somewhere, both languages agree."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# In the order in which a reader goes through them: a page uses what the page before it made.
+PAGES = [
+    "README.md",
+    "docs/step1_train_tokenizer.md",
+    "docs/step2_preprocess.md",
+    "docs/step2_pretrain_model.md",
+    "docs/step3_upload_pretrained_model.md",
+    "docs/step4_finetune_model.md",
+    "docs/step5_upload_finetuned_model.md",
+    "docs/megatron_deepspeed.md",
+    "CONTRIBUTING.md",
+]
+# Blocks that are not run here, and where they are run instead.
+ELSEWHERE = {
+    "make demo": "tests/test_demo.py runs the demo",
+    "make test": "this is what is running",
+    "make install": "the tests stand on what it installed; make lint and make test-fast are parts of make test",
+}
+ALL_DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+def blocks(document: Path) -> list[str]:
+    """The shell blocks of a document."""
+    return re.findall(r"^```sh\n(.*?)^```", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def is_run_elsewhere(block: str) -> bool:
+    return any(block.startswith(command) for command in ELSEWHERE)
+
+
+@pytest.fixture(scope="module")
+def fresh_copy(tmp_path_factory) -> Path:
+    """The tracked files in a folder with a space in its name, with this environment as its .venv."""
+    copy = tmp_path_factory.mktemp("fresh") / "a copy"
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in names.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, copy / name)
+    (copy / ".venv").symlink_to(sys.prefix)
+    return copy
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("docs")
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_runs_as_written(page, fresh_copy):
+    here = [block for block in blocks(ROOT / page) if not is_run_elsewhere(block)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PATH": f"{sys.prefix}/bin{os.pathsep}{os.environ['PATH']}"}
+    environment |= {"PYTHONPATH": str(fresh_copy)}  # the copy's own train/, not the one this environment was made for
+    environment.pop("TRAIN_PYTHON", None)
+    for block in here:
+        script = "set -euo pipefail\n" + block
+        done = subprocess.run(
+            ["bash", "-c", script], cwd=fresh_copy, env=environment, stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, timeout=900, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{page}:\n{block}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+
+
+def test_all_pages_with_commands_are_run():
+    with_commands = {str(file.relative_to(ROOT)) for file in ALL_DOCUMENTS if blocks(file)}
+    assert with_commands - set(PAGES) == {"README.ja.md"}, "its commands are those of README.md: see below"
+
+
+@pytest.mark.parametrize("document", ALL_DOCUMENTS, ids=lambda file: file.name)
+def test_every_link_leads_somewhere(document):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_both_readmes_say_the_same():
+    english, japanese = ROOT / "README.md", ROOT / "README.ja.md"
+    assert [without_comments(block) for block in blocks(english)] == [
+        without_comments(block) for block in blocks(japanese)
+    ]
+    count = [len(re.findall(r"^##? ", file.read_text(encoding="utf-8"), re.MULTILINE)) for file in (english, japanese)]
+    assert count[0] == count[1], "the same sections"
+    links = [
+        sorted(set(re.findall(r"\]\(([^)]+)\)", file.read_text(encoding="utf-8")))) for file in (english, japanese)
+    ]
+    assert [link for link in links[0] if "README" not in link] == [link for link in links[1] if "README" not in link]
+    rows = [len(re.findall(r"^\|", file.read_text(encoding="utf-8"), re.MULTILINE)) for file in (english, japanese)]
+    assert rows[0] == rows[1], "the same tables"
+
+
+def without_comments(block: str) -> str:
+    return "\n".join(line for line in block.splitlines() if not line.startswith("#"))
+
+
+def test_every_flag_that_a_page_names_exists():
+    """A flag in prose that no launcher has is a promise nobody keeps."""
+    known = "\n".join(
+        file.read_text(encoding="utf-8")
+        for folder in ("train", "scripts", "benchmarks")
+        for file in (ROOT / folder).rglob("*")
+        if file.suffix in (".py", ".sh")
+    )
+    foreign = {"--append-eod", "--tokenizer-type", "--flag", "--FLAG", "--repository"}
+    for document in ALL_DOCUMENTS:
+        for flag in set(re.findall(r"(?<![\w-])--[A-Za-z][\w-]*", document.read_text(encoding="utf-8"))) - foreign:
+            name = flag[2:]
+            assert re.search(rf"\b{name}\b", known), f"{document.name} names {flag}"
