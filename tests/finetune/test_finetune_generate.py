@@ -93,6 +93,14 @@ def test_no_gpu(base_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "torch finds no GPU" in capsys.readouterr().err
 
 
+def test_what_ends_an_answer() -> None:
+    from train.finetune.generate import _end_ids
+
+    assert _end_ids([7, 2], 2) == [2, 7]
+    assert _end_ids(None, 2) == [2]
+    assert _end_ids(7, None) == [7]
+
+
 def test_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert _call("--model_name_or_path", "m", "--prompt", "x", "--dry_run") == 0
     assert "would let m answer the prompt" in capsys.readouterr().out

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 from finetune_samples import SEEDS_LAUNCHER, argv, call  # type: ignore[import-not-found]
 
+from train import settings as settings_module
 from train.errors import EXIT_INTERRUPTED, EXIT_NON_FINITE_LOSS, EXIT_VERIFICATION
 from train.finetune import launch
+from train.finetune.settings import FinetuneSettings
 from train.process import Command
 
 pytestmark = pytest.mark.slow
@@ -93,7 +95,8 @@ def test_one_process_from_data_to_answers(
     assert [answer.answer for answer in said] == ["cat is tac.", "sky is yks.", "犬 is 犬."]
     assert all(answer.ended for answer in said)
 
-    assert call(*words) == 0
+    again = settings_module.build(FinetuneSettings, settings_module.read_yaml(out / "recipe.yaml"))
+    assert launch.finetune(again) == 0
     assert "nothing to do" in capsys.readouterr().out
     assert call(*argv(files, max_steps=3)) == 2
     assert "exists already: pass --overwrite" in capsys.readouterr().err

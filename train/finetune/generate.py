@@ -90,6 +90,7 @@ def answers(settings: GenerateSettings, prompts: Sequence[str]) -> Iterator[Answ
     device = _device(settings.device, torch.cuda.is_available())
     model.to(device)
     positions = getattr(model.config, "max_position_embeddings", None)
+    ends = _end_ids(model.generation_config.eos_token_id, tokenizer.eos_token_id)
     for number, prompt in enumerate(prompts, start=1):
         ids = prompt_ids(tokenizer, prompt, raw=settings.raw)
         if positions is not None and len(ids) >= positions:
@@ -106,12 +107,12 @@ def answers(settings: GenerateSettings, prompts: Sequence[str]) -> Iterator[Answ
                 temperature=settings.temperature or None,
                 top_k=None,
                 top_p=None,
-                pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), None),
+                eos_token_id=ends or None,
             )
         said = output[0, len(ids) :].tolist()
         text = tokenizer.decode(said, skip_special_tokens=True).strip()
-        yield Answer(prompt, text, len(said), bool(said) and said[-1] == tokenizer.eos_token_id)
+        yield Answer(prompt, text, len(said), bool(said) and said[-1] in ends)
 
 
 def prompt_ids(tokenizer: Any, prompt: str, *, raw: bool) -> list[int]:
@@ -121,6 +122,12 @@ def prompt_ids(tokenizer: Any, prompt: str, *, raw: bool) -> list[int]:
     from train.finetune.masks import prompt_ids as chat_ids
 
     return chat_ids(tokenizer, [{"role": "user", "content": prompt}])
+
+
+def _end_ids(of_model: int | list[int] | None, of_tokenizer: int | None) -> list[int]:
+    """The tokens that end an answer: those the model's generation configuration names, and the tokenizer's."""
+    named = of_model if isinstance(of_model, list) else [of_model]
+    return sorted({token_id for token_id in (*named, of_tokenizer) if token_id is not None})
 
 
 def _prompts(settings: GenerateSettings) -> list[str]:
