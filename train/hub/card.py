@@ -40,8 +40,10 @@ _SIZES = {
 _GPT2_NAMES = {"n_embd": "hidden_size", "n_inner": "intermediate_size", "n_layer": "num_hidden_layers"}
 _GPT2_NAMES |= {"n_head": "num_attention_heads", "n_positions": "max_position_embeddings"}
 # The settings that shape a training; the names of both pretraining and finetuning.
-_TRAINING_SETTINGS = ("sequence_length", "max_seq_length", "global_batch_size", "num_train_epochs", "lr", "min_lr")
-_TRAINING_SETTINGS += ("learning_rate", "lr_decay_style", "lr_scheduler_type", "weight_decay", "precision", "seed")
+_TRAINING_SETTINGS = (
+    *("sequence_length", "max_seq_length", "global_batch_size", "num_train_epochs", "lr", "min_lr", "learning_rate"),
+    *("lr_decay_style", "lr_scheduler_type", "weight_decay", "precision", "seed"),
+)
 _CURVE_ROWS = 12
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
