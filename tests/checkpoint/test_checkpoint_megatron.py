@@ -277,3 +277,40 @@ def test_other_shapes_are_refused(tmp_path: Path, arguments: dict[str, object]) 
     step_dir = write_checkpoint(tmp_path, random_gpt2(), **arguments)
     with pytest.raises(UserError, match=f"not a GPT-2 \\({next(iter(arguments))} is"):
         run_export(step_dir, tmp_path / "hf")
+
+
+REAL_CHECKPOINT = Path(__file__).parent / "megatron_tp2_pp2" / "global_step8"  # made by engine/megatron_tiny_run.py
+
+
+def golden_distance(folder: Path, **changes: object) -> float:
+    """Largest difference to the real engine's own logits, relative to the largest of them."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    golden = load_file(REAL_CHECKPOINT / "golden_logits.safetensors")
+    config = AutoConfig.from_pretrained(folder, **changes)
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = model(golden["input_ids"]).logits
+    expected = golden["logits"][..., : logits.shape[-1]]
+    return float((logits - expected).abs().max() / expected.abs().max())
+
+
+def test_a_real_checkpoint_gives_the_engines_own_logits(tmp_path: Path) -> None:
+    result = run_export(REAL_CHECKPOINT, tmp_path / "hf", vocab_size=120, length=32)
+    assert f"TP 2 x PP 2, pipeline form), query-key-value order per head (of engine commit {PINNED_COMMIT[:8]})" in (
+        result.source
+    )
+    assert golden_distance(tmp_path / "hf") < 1e-5
+    assert golden_distance(tmp_path / "hf", activation_function="gelu") > 1e-4  # the wrong GELU would show
+
+
+def test_a_real_checkpoint_shows_the_wrong_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(qkv_layout._BY_COMMIT, PINNED_COMMIT, merge.PER_RANK)
+    run_export(REAL_CHECKPOINT, tmp_path / "hf", vocab_size=120, length=32)
+    assert golden_distance(tmp_path / "hf") > 1e-2
+
+
+def test_a_real_checkpoint_of_an_unknown_commit_is_proven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qkv_layout, "_BY_COMMIT", {})
+    result = run_export(REAL_CHECKPOINT, tmp_path / "hf", vocab_size=120, length=32)
+    assert "order per head (proven by golden logits" in result.source

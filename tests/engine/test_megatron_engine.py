@@ -1,0 +1,124 @@
+"""The real Megatron-DeepSpeed on CPU processes: it trains, saves, exports with equal logits, resumes, stops at NaN."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from megatron_tiny_run import VOCABULARY, flags, write_corpus
+
+from train.checkpoint.megatron.export import export
+from train.engine.megatron_deepspeed import checkout
+from train.errors import EXIT_NON_FINITE_LOSS, EXIT_USER
+
+pytestmark = [pytest.mark.slow, pytest.mark.megatron, pytest.mark.xdist_group("megatron_engine")]
+TP2_PP2 = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "num_processes": 4}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer and data in one folder."""
+    if checkout.find_checkout() is None:
+        pytest.skip(checkout.why_missing())
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One output folder for all runs: DeepSpeed's op is compiled once in it."""
+    return tmp_path_factory.mktemp("out put")
+
+
+@pytest.fixture(scope="module")
+def pretrain(launch: Any, corpus: Path, output: Path) -> Any:
+    """Runs pretrain.sh with the tiny recipe; flags win over it."""
+
+    def run(job_name: str, **more: object) -> subprocess.CompletedProcess[str]:
+        return launch("step2_pretrain_model/pretrain.sh", *flags(corpus, output, job_name=job_name, **more))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def tp2_pp2(pretrain: Any, output: Path) -> Path:
+    """The checkpoint folder of a finished run in TP2 x PP2."""
+    done = pretrain("tp2_pp2", **TP2_PP2)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "world size 4 = 2 tensor x 2 pipeline x 1 data parallel" in done.stdout
+    return output / "checkpoint" / "tp2_pp2"
+
+
+def metrics(output: Path, job_name: str) -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in (output / "metrics" / f"{job_name}.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in records]
+
+
+def distance_to_golden(step_dir: Path, folder: Path, **changes: object) -> float:
+    """Largest difference of the exported model's logits to the engine's own, relative to the largest of them."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder.mkdir()
+    export(step_dir, folder, vocab_size=VOCABULARY, model_max_length=32)
+    config = AutoConfig.from_pretrained(folder, **changes)
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
+    golden = load_file(step_dir / "golden_logits.safetensors")
+    with torch.no_grad():
+        logits = model(golden["input_ids"]).logits
+    expected = golden["logits"][..., :VOCABULARY]
+    return float((logits - expected).abs().max() / expected.abs().max())
+
+
+def test_tp2_pp2_learns_and_says_so(tp2_pp2: Path, output: Path) -> None:
+    losses = [record["loss"] for record in metrics(output, "tp2_pp2") if "loss" in record]
+    assert len(losses) == 8 and losses[-1] < losses[0]
+    assert [record["step"] for record in metrics(output, "tp2_pp2") if "eval_loss" in record][:2] == [4, 8]
+    record = json.loads((output / "manifest" / "tp2_pp2.json").read_text())["results"]
+    assert record["first_loss"] == losses[0] and record["last_loss"] == losses[-1]
+    assert len(record["engine_commit"]) == 40
+    assert sorted(path.name for path in tp2_pp2.iterdir() if path.is_dir()) == ["global_step4", "global_step8"]
+    assert (tp2_pp2 / "latest").read_text() == "global_step8"
+
+
+def test_tp2_pp2_exports_to_the_engines_own_logits(tp2_pp2: Path, tmp_path: Path) -> None:
+    assert distance_to_golden(tp2_pp2 / "global_step8", tmp_path / "hf") < 1e-5
+    # the weights are large enough that the other GELU would show
+    assert distance_to_golden(tp2_pp2 / "global_step8", tmp_path / "erf", activation_function="gelu") > 1e-4
+
+
+def test_resumes_to_the_same_losses(tp2_pp2: Path, pretrain: Any, output: Path) -> None:
+    again = tp2_pp2.with_name("again")
+    shutil.copytree(tp2_pp2, again)
+    (again / "global_step8").rename(again / ".global_step8.unfinished-save")  # as a run killed while saving leaves it
+    done = pretrain("again", **TP2_PP2)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    expected = [record for record in metrics(output, "tp2_pp2") if record["step"] > 4]
+    assert metrics(output, "again") == expected
+    assert not list(again.glob(".global_step*"))
+
+
+def test_without_pipeline_module_zero1_bf16(pretrain: Any, output: Path, tmp_path: Path) -> None:
+    done = pretrain(
+        "plain", tensor_parallel_size=2, num_processes=2, no_pipeline_parallel=True, zero_stage=1, precision="bf16"
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    step_dir = output / "checkpoint" / "plain" / "global_step8"
+    assert not list(step_dir.glob("layer_*"))
+    assert distance_to_golden(step_dir, tmp_path / "hf") < 4 * 2.0**-7
+
+
+def test_non_finite_loss_has_its_own_exit_code(pretrain: Any) -> None:
+    done = pretrain("nan", num_processes=1, lr="1e30", min_lr="1e29", lr_warmup_tokens=0)
+    assert done.returncode == EXIT_NON_FINITE_LOSS, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "the loss became nan at step" in done.stderr
+
+
+def test_what_does_not_fit_is_refused_before_anything_starts(pretrain: Any, output: Path) -> None:
+    done = pretrain("unfit", tensor_parallel_size=2, pipeline_parallel_size=2, num_processes=3)
+    assert done.returncode == EXIT_USER and "world size 3 = 2 tensor x 2 pipeline" in done.stderr
+    assert not (output / "checkpoint" / "unfit").exists()
