@@ -94,6 +94,13 @@ def write_text(path: Path, text: str) -> None:
         unfinished.write_text(text, encoding="utf-8")
 
 
+def share(path: Path) -> None:
+    """Gives a file the permissions any other new file gets; safetensors writes its own readable by the owner alone."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def _refuse_existing(path: Path, *, overwrite: bool) -> None:
     is_empty_folder = path.is_dir() and not any(path.iterdir())
     if path.exists() and not is_empty_folder and not overwrite:

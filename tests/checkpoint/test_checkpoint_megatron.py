@@ -301,7 +301,7 @@ def test_a_real_checkpoint_gives_the_engines_own_logits(tmp_path: Path) -> None:
         result.source
     )
     assert golden_distance(tmp_path / "hf") < 1e-5
-    assert golden_distance(tmp_path / "hf", activation_function="gelu") > 1e-4  # the wrong GELU would show
+    assert golden_distance(tmp_path / "hf", activation_function="gelu") > 5e-5  # the wrong GELU would show
 
 
 def test_a_real_checkpoint_shows_the_wrong_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

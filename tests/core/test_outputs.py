@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -104,3 +105,11 @@ def test_a_folder_that_cannot_be_made_is_named():
 
     with pytest.raises(UserError, match="cannot be made"), outputs.new_file(Path("/proc/no/such/file")):
         pass
+
+
+def test_shared_file_is_readable_as_any_new_file(tmp_path: Path) -> None:
+    own, usual = tmp_path / "own", tmp_path / "usual"
+    own.touch(mode=0o600)
+    usual.touch()
+    outputs.share(own)
+    assert own.stat().st_mode == usual.stat().st_mode

@@ -88,7 +88,7 @@ def test_tp2_pp2_learns_and_says_so(tp2_pp2: Path, output: Path) -> None:
 def test_tp2_pp2_exports_to_the_engines_own_logits(tp2_pp2: Path, tmp_path: Path) -> None:
     assert distance_to_golden(tp2_pp2 / "global_step8", tmp_path / "hf") < 1e-5
     # the weights are large enough that the other GELU would show
-    assert distance_to_golden(tp2_pp2 / "global_step8", tmp_path / "erf", activation_function="gelu") > 1e-4
+    assert distance_to_golden(tp2_pp2 / "global_step8", tmp_path / "erf", activation_function="gelu") > 5e-5
 
 
 def test_resumes_to_the_same_losses(tp2_pp2: Path, pretrain: Any, output: Path) -> None:

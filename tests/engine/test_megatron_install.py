@@ -1,4 +1,4 @@
-"""Installing Megatron-DeepSpeed whole or not at all, from a repository made here and from a checkout if one is there."""
+"""Installing Megatron-DeepSpeed whole or not at all: from a repository made here, and from a checkout if there is."""
 
 from __future__ import annotations
 
