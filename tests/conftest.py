@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side; threads of theirs would wait for each other, spinning
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -35,8 +35,9 @@ def prepare(recipe: PretrainRecipe, allocation: Allocation, run_folder: RunFolde
         "TORCH_EXTENSIONS_DIR": str(run_folder.extensions_dir.absolute()),
     }
     if allocation.device == "cpu":
-        threads = max(1, (os.cpu_count() or 1) // allocation.processes_per_host)
-        environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+        if "OMP_NUM_THREADS" not in os.environ:  # torchrun would set 1
+            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // allocation.processes_per_host))
     return Command(tuple(argv), environment, files=files)
 
 
