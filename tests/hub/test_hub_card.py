@@ -117,8 +117,10 @@ def test_the_manifests_of_inputs_are_followed(model_folder: Path, tmp_path: Path
         results={"conversations": 99},
         started=time.time(),
     )
-    finetuned(model_folder, "me/base", (data,))
-    assert "| conversations | 99 |" in model_card(model_folder, repository="me/chat")
+    finetuned(model_folder, "me/base", (data, model_folder / "config.json"))
+    card = model_card(model_folder, repository="me/chat")
+    assert "| conversations | 99 |" in card
+    assert "| inputs | conversations.jsonl |" in card  # the data, not the base model's files
 
 
 def test_a_model_without_a_config_is_refused(model_folder: Path) -> None:

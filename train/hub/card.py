@@ -145,7 +145,8 @@ def _chapter(title: str, record: Mapping[str, Any]) -> str:
     """A step's results as a table, and its loss curve as another."""
     results = record["results"] if isinstance(record["results"], Mapping) else {}
     rows = [*_result_rows(results), *_setting_rows(record.get("settings") or {})]
-    names = [path.name for path in lineage.input_files(record)]
+    names = [path.name for path in lineage.input_files(record) if not verification.is_model_file(path.name)]
+    names = [name for name in names if name != manifest.FILE_NAME]
     if names and title in ("Training data", "Finetuning"):
         rows.append(("inputs", _names(names)))
     parts = [_table(("", ""), rows)]
