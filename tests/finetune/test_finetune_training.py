@@ -194,7 +194,7 @@ def test_what_was_saved_differently_is_not_handed_over(
 def test_packing_truncation_and_added_tokens(files: dict[str, Any]) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    changes = {"packing": True, "max_seq_length": 44, "additional_special_tokens": [f"<|{n}|>" for n in range(400)]}
+    changes = {"packing": True, "max_seq_length": 38, "additional_special_tokens": [f"<|{n}|>" for n in range(400)]}
     assert call(*argv(files, **changes, max_steps=2)) == 0
     out = files["output_dir"]
     account = json.loads((out / "manifest.json").read_text())["results"]["examples"]

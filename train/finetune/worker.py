@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(plan: Plan, folder: FinetuneFolder) -> None:
     """Trains, from the plan's checkpoint if it names one, and saves."""
+    import datasets
     from transformers import AutoTokenizer, PrinterCallback
     from transformers.utils import logging
 
@@ -40,6 +41,7 @@ def train(plan: Plan, folder: FinetuneFolder) -> None:
     from train.finetune.progress import Reporting
 
     logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' affair: hundreds under DeepSpeed
     arguments = training_arguments(plan, folder)
     if plan.deepspeed_config is not None and plan.device == "cpu":
