@@ -187,9 +187,9 @@ def _upload(step: str, folder: str, kind: str, model: Path, prepared: Path) -> S
 
 def _try_to_install_megatron() -> None:
     """Clones the engine when that takes seconds; without a network the transformers engine does."""
-    from train.engine.megatron_deepspeed import install
+    from train.engine.megatron_deepspeed import checkout
 
-    if install.find_checkout() is None:
+    if checkout.find_checkout() is None:
         print("Megatron-DeepSpeed is not installed: trying to clone it", flush=True)
         script = str(_SCRIPTS / "common" / "install_megatron_deepspeed.sh")
         process.run(Command(("bash", script, "--timeout_s", str(_CLONE_TIMEOUT_S)), {"TRAIN_PYTHON": sys.executable}))

@@ -46,12 +46,14 @@ def pretrain(recipe: PretrainRecipe) -> int:
     if _is_done(recipe, run_folder, parts):
         print(f"{run_folder.manifest} is there for the same recipe and data: nothing to do (--overwrite starts again).")
         return 0
-    engine, reason = choose.choose(recipe)
     allocation = allocations.find(num_processes=recipe.parallel.num_processes, device=recipe.parallel.device)
+    engine, reason = choose.choose(recipe, allocation)
     check_resume(recipe, run_folder, allocation)
-    command = choose.preparer(engine)(recipe, allocation, run_folder)
+    command = choose.engine(engine).prepare(recipe, allocation, run_folder)
     _announce(recipe, engine, reason, allocation, run_folder)
     _describe_blend(parts, recipe.training.train_tokens)
+    if engine == choose.MEGATRON:
+        _warn_of_uncounted_ends(parts)
     if allocation.device == "cpu" and choose.uses_deepspeed(engine, recipe):
         place_ops(run_folder.extensions_dir)
     progress.cut_after(run_folder.metrics, run_folder.latest_step() or 0)
@@ -115,9 +117,9 @@ def check_resume(recipe: PretrainRecipe, run_folder: RunFolder, allocation: Allo
 
 
 def _dry_run(recipe: PretrainRecipe, run_folder: RunFolder) -> int:
-    engine, reason = choose.choose(recipe)
     allocation = allocations.find(num_processes=recipe.parallel.num_processes, device=recipe.parallel.device)
-    command = choose.preparer(engine)(recipe, allocation, run_folder)
+    engine, reason = choose.choose(recipe, allocation)
+    command = choose.engine(engine).prepare(recipe, allocation, run_folder)
     _announce(recipe, engine, reason, allocation, run_folder)
     for file, text in command.files.items():
         print(f"\n# {file}\n{text.rstrip()}")
@@ -128,7 +130,7 @@ def _dry_run(recipe: PretrainRecipe, run_folder: RunFolder) -> int:
 def _announce(recipe: PretrainRecipe, engine: str, reason: str, allocation: Allocation, run_folder: RunFolder) -> None:
     print(f"engine: {engine} ({reason})")
     print(f"where: {allocation.reason}")
-    print(f"layout: {choose.layout(engine)(recipe, allocation)}")
+    print(f"layout: {choose.engine(engine).layout(recipe, allocation)}")
     start = run_folder.latest_step()
     begin = "from scratch" if start is None else f"goes on from step {start:,}"
     print(f"job: {run_folder.job_name}, {recipe.train_steps:,} steps of {recipe.tokens_per_step:,} tokens, {begin}")
@@ -138,6 +140,19 @@ def _describe_blend(parts: Sequence[BlendPart], train_tokens: int) -> None:
     from train.data.blend import describe_epochs
 
     print(describe_epochs(parts, train_tokens), flush=True)
+
+
+def _warn_of_uncounted_ends(parts: Sequence[BlendPart]) -> None:
+    """Megatron-DeepSpeed's own preprocessing leaves the end tokens out of the index, and its reader drifts by them."""
+    from train.data.indexed_dataset import IndexedDataset
+
+    for part in parts:
+        if not IndexedDataset(part.prefix).counts_end_of_document:
+            print(
+                f"warning: {part.prefix}.idx does not count the end of each document, as Megatron-DeepSpeed's own tool"
+                f" writes it: document n will be read n tokens too early. Preprocess with --count_eod_in_index True.",
+                flush=True,
+            )
 
 
 def _with_wandb_group(recipe: PretrainRecipe) -> PretrainRecipe:

@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from train.errors import refuse
 from train.model_sizes import MODEL_SIZES
@@ -202,13 +203,13 @@ class PretrainRecipe:
         """
         model, training = self.model, self.training
         size = MODEL_SIZES[model.model_size] if model.model_size else None
-        shape = {
+        shape: dict[str, Any] = {
             name: getattr(model, name) if getattr(model, name) is not None else getattr(size, name, None)
             for name in ("architecture", "num_layers", "hidden_size", "num_attention_heads", "init_method_std")
         }
         shape["architecture"] = shape["architecture"] or "gpt2"
         shape["init_method_std"] = shape["init_method_std"] or 0.02
-        schedule = {
+        schedule: dict[str, Any] = {
             name: getattr(training, name) if getattr(training, name) is not None else getattr(size, name, None)
             for name in ("global_batch_size", "lr", "min_lr")
         }

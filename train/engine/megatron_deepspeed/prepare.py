@@ -99,6 +99,10 @@ def problems(recipe: PretrainRecipe, allocation: Allocation) -> list[str]:
         )
     if parallel.zero_stage > 1:
         found.append(f"--zero_stage {parallel.zero_stage}: this engine runs 0 or 1 here.")
+    if parallel.offload != "none":
+        found.append(f"--offload {parallel.offload}: only --engine transformers offloads.")
+    if parallel.torch_compile:
+        found.append("--torch_compile: only --engine transformers compiles the model.")
     if training.precision == "bf16" and parallel.zero_stage == 0:
         found.append(
             "--precision bf16 --zero_stage 0: DeepSpeed accumulates bf16 gradients in fp32 only under ZeRO; use"
@@ -145,8 +149,9 @@ def _environment(allocation: Allocation, run_folder: RunFolder, found: checkout.
         "TORCH_EXTENSIONS_DIR": str(run_folder.extensions_dir.absolute()),
     }
     if allocation.device == "cpu":
-        threads = max(1, (os.cpu_count() or 1) // allocation.processes_per_host)
-        environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+        if "OMP_NUM_THREADS" not in os.environ:  # torchrun would set 1
+            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // allocation.processes_per_host))
         # DeepSpeed's CPU accelerator takes this for the number of devices; its own launcher sets it, torchrun does not
         environment["LOCAL_SIZE"] = str(allocation.processes_per_host)
     return environment

@@ -53,6 +53,7 @@ def build_config(recipe: PretrainRecipe, vocabulary: Vocabulary) -> Any:
     from transformers import GPT2Config, LlamaConfig, MistralConfig
 
     model = recipe.model
+    assert model.num_layers and model.hidden_size and model.num_attention_heads, "resolved() comes first"
     shared: dict[str, Any] = {
         "vocab_size": vocabulary.size,
         "bos_token_id": vocabulary.bos_id,
@@ -102,7 +103,7 @@ def build_model(recipe: PretrainRecipe, vocabulary: Vocabulary) -> Any:
 
     config = build_config(recipe, vocabulary)
     config._attn_implementation = recipe.parallel.attention
-    model_class = AutoModelForCausalLM._model_mapping[type(config)]
+    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
     set_seed(recipe.training.seed)
     with torch.device("cpu"):
         model = model_class(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -52,13 +53,27 @@ def layout(recipe: PretrainRecipe, allocation: Allocation) -> str:
 
 
 def problems(recipe: PretrainRecipe, allocation: Allocation) -> list[str]:
-    """What does not fit between batch and ranks."""
-    training = recipe.training
+    """What this engine cannot do, and what does not fit between batch and ranks; empty when all does."""
+    training, parallel = recipe.training, recipe.parallel
+    found = [
+        f"--{name} {getattr(parallel, name)} needs --engine megatron-deepspeed."
+        for name in ("tensor_parallel_size", "pipeline_parallel_size")
+        if getattr(parallel, name) > 1
+    ]
+    found += [
+        f"--{name} needs --engine megatron-deepspeed."
+        for name in ("no_pipeline_parallel", "sequence_parallel")
+        if getattr(parallel, name)
+    ]
+    if allocation.device == "cpu" and training.precision == "fp16":
+        found.append("--precision fp16: on a CPU use fp32 or bf16.")
+    if parallel.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        found.append("--attention flash_attention_2 needs the package flash-attn: install it, or use --attention sdpa.")
     per_pass = training.micro_batch_size * allocation.world_size
     assert training.global_batch_size is not None
     if training.global_batch_size % per_pass:
-        return [
+        found.append(
             f"--global_batch_size {training.global_batch_size} is not a multiple of --micro_batch_size"
             f" {training.micro_batch_size} x {allocation.world_size} ranks = {per_pass}: change one of them."
-        ]
-    return []
+        )
+    return found

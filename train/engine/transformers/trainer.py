@@ -13,7 +13,6 @@ What differs from the stock Trainer, and why:
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,19 +57,22 @@ class PretrainTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # our loss is a mean already: divide by the accumulation steps
         self._recipe = recipe
         self._run_folder = run_folder
-        self._golden_input_ids = self.train_dataset[0]["input_ids"][:_GOLDEN_TOKENS].unsqueeze(0)
+        self._sequences: TokenSequences = arguments["train_dataset"]
+        self._golden_input_ids = self._sequences[0]["input_ids"][:_GOLDEN_TOKENS].unsqueeze(0)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+        return SequentialSampler(self._sequences if train_dataset is None else train_dataset)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.lr_scheduler is None:
             training, tokens_per_step = self._recipe.training, self._recipe.tokens_per_step
+            peak, scheduled = training.lr, self.optimizer if optimizer is None else optimizer
+            assert peak is not None and scheduled is not None
 
             def factor(step: int) -> float:
-                return learning_rate(training, step * tokens_per_step) / training.lr
+                return learning_rate(training, step * tokens_per_step) / peak
 
-            self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, factor)
+            self.lr_scheduler = LambdaLR(scheduled, factor)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -96,16 +98,17 @@ class PretrainTrainer(Trainer):
 
     def _golden_logits(self) -> torch.Tensor:
         """Logits of the fixed batch from the live weights, float32 [1, n, vocabulary]. All ranks take part (ZeRO-3)."""
-        was_training = self.model.training
-        self.model.eval()
+        model: Any = self.model
+        was_training = model.training
+        model.eval()
         with torch.no_grad():
-            logits = self.model(input_ids=self._golden_input_ids.to(self.args.device), use_cache=False).logits
-        self.model.train(was_training)
+            logits = model(input_ids=self._golden_input_ids.to(self.args.device), use_cache=False).logits
+        model.train(was_training)
         return logits.float().cpu().contiguous()
 
     def _finish_checkpoint(self, logits: torch.Tensor) -> None:
         step = self.state.global_step
-        unfinished = Path(self.args.output_dir) / f"checkpoint-{step}"
+        unfinished = self._run_folder.checkpoint_dir / f"checkpoint-{step}"
         tensors = {"input_ids": self._golden_input_ids.contiguous(), "logits": logits}
         computed_in = {"dtype": _DTYPES[self._recipe.training.precision]}  # how near an export can come to them
         save_file(tensors, unfinished / GOLDEN_LOGITS_FILE, metadata=computed_in)
