@@ -13,6 +13,7 @@ from megatron_tiny_run import VOCABULARY, flags, write_corpus
 
 from train.checkpoint.megatron.export import export
 from train.engine.megatron_deepspeed import checkout
+from train.engine.megatron_deepspeed.patches import DISABLED_VARIABLE
 from train.errors import EXIT_NON_FINITE_LOSS, EXIT_USER
 
 pytestmark = [pytest.mark.slow, pytest.mark.megatron, pytest.mark.xdist_group("megatron_engine")]
@@ -37,8 +38,9 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pretrain(launch: Any, corpus: Path, output: Path) -> Any:
     """Runs pretrain.sh with the tiny recipe; flags win over it."""
 
-    def run(job_name: str, **more: object) -> subprocess.CompletedProcess[str]:
-        return launch("step2_pretrain_model/pretrain.sh", *flags(corpus, output, job_name=job_name, **more))
+    def run(job_name: str, *, disabled: str = "", **more: object) -> subprocess.CompletedProcess[str]:
+        words = flags(corpus, output, job_name=job_name, **more)
+        return launch("step2_pretrain_model/pretrain.sh", *words, environment={DISABLED_VARIABLE: disabled})
 
     return run
 
@@ -100,6 +102,15 @@ def test_resumes_to_the_same_losses(tp2_pp2: Path, pretrain: Any, output: Path) 
     expected = [record for record in metrics(output, "tp2_pp2") if record["step"] > 4]
     assert metrics(output, "again") == expected
     assert not list(again.glob(".global_step*"))
+
+
+def test_patches_that_are_not_needed_change_no_loss(tp2_pp2: Path, pretrain: Any, output: Path) -> None:
+    done = pretrain("bare", disabled="cpu-kernels,golden-logits,whole-checkpoints", **TP2_PP2)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    with_patches, without = metrics(output, tp2_pp2.name), metrics(output, "bare")
+    losses, bare_losses = ([record["loss"] for record in run if "loss" in record] for run in (with_patches, without))
+    assert bare_losses == pytest.approx(losses, rel=1e-5)
+    assert not list((output / "checkpoint" / "bare").glob("global_step*/golden*"))
 
 
 def test_without_pipeline_module_zero1_bf16(pretrain: Any, output: Path, tmp_path: Path) -> None:

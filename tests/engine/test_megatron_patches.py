@@ -13,7 +13,13 @@ import pytest
 
 from train.engine import extension_locks
 from train.engine.megatron_deepspeed import checkout, patches
-from train.engine.megatron_deepspeed.patches import golden_logits, progress_lines, stand_in, whole_checkpoints
+from train.engine.megatron_deepspeed.patches import (
+    cpu_kernels,
+    golden_logits,
+    progress_lines,
+    stand_in,
+    whole_checkpoints,
+)
 from train.errors import EXIT_NON_FINITE_LOSS, NonFiniteLossError, UserError
 from train.run_folder import whole_checkpoints as whole
 
@@ -205,3 +211,25 @@ def test_layer_norm_is_torchs_and_marks_its_weights(engine_path: str) -> None:
     done = in_a_rank(code, engine_path, disabled="")
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1]) == [True, True, True]
+
+
+def test_cpu_kernels_compute_upstreams_formulas() -> None:
+    import math
+
+    import torch
+
+    torch.manual_seed(3)
+    x, bias, residual = torch.randn(5, 2, 8), torch.randn(8), torch.randn(5, 2, 8)
+    y = x + bias
+    gelu = y * 0.5 * (1.0 + torch.tanh(0.79788456 * y * (1 + 0.044715 * y * y)))
+    torch.testing.assert_close(cpu_kernels.bias_gelu(x, bias), gelu)
+    assert torch.equal(cpu_kernels.bias_dropout_add(x, bias, residual, 0.0), residual + y)
+    assert torch.equal(cpu_kernels.bias_dropout_add(x, None, residual, 0.0), residual + x)
+    dropped = cpu_kernels.bias_dropout_add(x, bias, residual, 0.5) - residual
+    assert bool(((dropped == 0) | torch.isclose(dropped, 2 * y)).all()) and bool((dropped.abs() < 1e-6).any())
+
+    query, key, value = (torch.randn(5, 2, 3, 4) for _ in range(3))  # sequence, batch, heads, head_dim
+    scores = torch.einsum("sbhd,tbhd->bhst", query, key) / math.sqrt(4)
+    scores = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -10000.0)
+    expected = torch.einsum("bhst,tbhd->sbhd", scores.softmax(-1), value).reshape(5, 2, 12)
+    torch.testing.assert_close(cpu_kernels.causal_attention(query, key, value), expected)

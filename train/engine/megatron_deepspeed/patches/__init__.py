@@ -25,6 +25,7 @@ _MODULES = (
     "environment_report",
     "cpu_layer_norm",
     "contiguous_attention",
+    "cpu_kernels",
     "golden_logits",
     "whole_checkpoints",
     "progress_lines",
