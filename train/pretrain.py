@@ -19,7 +19,7 @@ from train import manifest, outcome, process, settings
 from train.cluster import allocation as allocations
 from train.cluster.allocation import Allocation
 from train.engine import choose
-from train.engine.deepspeed_ops import place_ops
+from train.deepspeed_ops import place_ops
 from train.errors import UserError, refuse
 from train.monitor import progress, wandb_run
 from train.recipe import PretrainRecipe

@@ -38,11 +38,6 @@ def files(base_model: Path, question_file: Path, tmp_path: Path) -> dict[str, An
     }
 
 
-@pytest.fixture(scope="session")
-def extensions_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("torch_extensions")
-
-
 def _metrics(folder: Path) -> dict[int, float]:
     records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return {record["step"]: record["loss"] for record in records if "loss" in record}
@@ -206,15 +201,12 @@ def test_packing_truncation_and_added_tokens(files: dict[str, Any]) -> None:
 def test_zero_3_on_two_processes_trains_what_one_process_trains(
     files: dict[str, Any],
     tmp_path: Path,
-    extensions_dir: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     from transformers import AutoModelForCausalLM
 
     from train.checkpoint import verification
 
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(extensions_dir))
     spread = {"per_device_train_batch_size": 3, "num_processes": 2, "zero_stage": 3, "gradient_checkpointing": True}
     one_by_one = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 3}
     assert call(*argv(files, **one_by_one, output_dir=tmp_path / "one")) == 0
@@ -228,9 +220,7 @@ def test_zero_3_on_two_processes_trains_what_one_process_trains(
     assert all(gathered[name].allclose(single[name], atol=1e-3) for name in single)
 
 
-def test_the_seeds_command_under_zero_3(
-    base_model: Path, question_file: Path, tmp_path: Path, extensions_dir: Path
-) -> None:
+def test_the_seeds_command_under_zero_3(base_model: Path, question_file: Path, tmp_path: Path) -> None:
     from train import process
     from train.checkpoint import verification
 
@@ -238,7 +228,7 @@ def test_the_seeds_command_under_zero_3(
     words = ["bash", SEEDS_LAUNCHER, "--input_model_name_or_path", base_model, "--input_max_seq_length", 128]
     words += ["--output_tokenizer_and_model_dir", f"{out}/", "--wandb_entity", "someone", "--wandb_project", "chat"]
     words += ["--wandb_tag", "other_gpu", "--data_files", question_file]
-    environment = {"HOME": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(extensions_dir), "WANDB_MODE": "offline"}
+    environment = {"HOME": str(tmp_path), "WANDB_MODE": "offline"}
     status, told = process.capture(Command(tuple(map(str, words)), environment), timeout_s=600)
     assert status == 0, told
     assert verification.require(out)["weights"]["dtype"] == "bfloat16"

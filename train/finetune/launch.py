@@ -26,6 +26,7 @@ from train import settings as settings_module
 from train.checkpoint import lineage, verification
 from train.cluster import allocation as allocations
 from train.cluster.allocation import Allocation
+from train.deepspeed_ops import place_ops
 from train.errors import UserError, refuse
 from train.finetune import deepspeed_config, inputs
 from train.finetune.examples import Account
@@ -120,7 +121,7 @@ def build_command(settings: FinetuneSettings, where: Allocation, folder: Finetun
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if "TORCH_EXTENSIONS_DIR" not in os.environ:  # the run's own: a killed build leaves a lock that hangs others
+    if config is not None:
         environment["TORCH_EXTENSIONS_DIR"] = str(folder.extensions_dir)
     if where.device == "cpu":
         environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
@@ -331,6 +332,8 @@ def _prepare(
 def _train(plan: Plan, where: Allocation, folder: FinetuneFolder) -> None:
     print(f"where: {where.reason}")
     print(f"batch: {_layout(plan.finetune, where)}", flush=True)
+    if where.device == "cpu" and _deepspeed_file(plan.finetune, folder) is not None:
+        place_ops(folder.extensions_dir)
     log = folder.log(socket.gethostname(), time.strftime("%Y.%m.%d_%H.%M.%S"))
     status = process.run(build_command(plan.finetune, where, folder), log=log)
     outcome.check(folder.outcome, status, log=log)

@@ -19,7 +19,7 @@ from train import outputs, process
 from train.errors import UserError
 from train.process import Command
 
-_CACHE = Path(__file__).resolve().parents[2] / ".cache" / "torch_extensions"
+_CACHE = Path(__file__).resolve().parents[1] / ".cache" / "torch_extensions"
 _BUILD = "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load(verbose=False)"
 
 
