@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from train import manifest, outcome, process, settings
 from train.cluster import allocation as allocations
 from train.cluster.allocation import Allocation
-from train.engine import choose
 from train.deepspeed_ops import place_ops
+from train.engine import choose
 from train.errors import UserError, refuse
 from train.monitor import progress, wandb_run
 from train.recipe import PretrainRecipe

@@ -10,7 +10,7 @@ from train.errors import UserError
 
 def test_a_failed_build_shows_the_compiler_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(deepspeed_ops, "_BUILD", "raise SystemExit('no such compiler')")
-    with pytest.raises(UserError, match="needs a C\\+\\+ compiler[^$]*no such compiler"):
+    with pytest.raises(UserError, match=r"needs a C\+\+ compiler[^$]*no such compiler"):
         deepspeed_ops.place_ops(tmp_path / "run", cache=tmp_path / "cache")
     assert not (tmp_path / "run").exists()
     assert [file.name for file in (tmp_path / "cache").iterdir()] == [".building"]
