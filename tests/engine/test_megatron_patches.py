@@ -6,12 +6,10 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from train.engine import extension_locks
 from train.engine.megatron_deepspeed import checkout, patches
 from train.engine.megatron_deepspeed.patches import (
     cpu_kernels,
@@ -136,23 +134,6 @@ def test_non_finite_loss_ends_the_run(tmp_path: Path, loss: float) -> None:
     with pytest.raises(NonFiniteLossError, match=f"the last good checkpoint is {tmp_path}/global_step5"):
         progress_lines.refuse_non_finite(loss, 7, str(tmp_path))
     progress_lines.refuse_non_finite(3.0, 7, None)
-
-
-def test_only_locks_older_than_the_launch_are_removed(tmp_path: Path) -> None:
-    stale, fresh = tmp_path / "op_a" / "lock", tmp_path / "op_b" / "lock"
-    for lock in (stale, fresh):
-        lock.parent.mkdir()
-        lock.touch()
-    launched = time.time()
-    os.utime(stale, (launched - 60, launched - 60))
-    os.utime(fresh, (launched + 1, launched + 1))
-    assert extension_locks.remove_older(tmp_path, launched) == [stale]
-    assert fresh.exists() and not stale.exists()
-
-
-def test_the_users_shared_extension_folder_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
-    assert extension_locks.remove_stale() == []
 
 
 @pytest.fixture(scope="module")

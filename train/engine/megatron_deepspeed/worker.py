@@ -11,11 +11,11 @@ import importlib.util
 import os
 import runpy
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from train import outcome, settings
-from train.engine import extension_locks
 from train.engine.megatron_deepspeed import patches
 from train.errors import UserError
 from train.recipe import PretrainRecipe
@@ -51,8 +51,8 @@ def pretrain(run: patches.Run, arguments: Sequence[str], *, leads: bool) -> None
         UserError: the checkout is not on the import path, or the loss became non-finite.
     """
     script = pretrain_script()
-    for lock in extension_locks.remove_stale():
-        print(f"removed {lock}: a build that was killed had left it, and it would hang this run", flush=True)
+    # four lines a rank about upstream's age, above everything a user wants to see
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron\.")
     for done in patches.apply_all(run, patches.disabled_names(os.environ)):
         if leads:
             print(f"patch {done.patch.name}: {done.state}" + (f" - {done.detail}" if done.detail else ""), flush=True)
