@@ -113,11 +113,14 @@ def test_patches_that_are_not_needed_change_no_loss(tp2_pp2: Path, pretrain: Any
     assert not list((output / "checkpoint" / "bare").glob("global_step*/golden*"))
 
 
-def test_without_pipeline_module_zero1_bf16(pretrain: Any, output: Path, tmp_path: Path) -> None:
-    done = pretrain(
-        "plain", tensor_parallel_size=2, num_processes=2, no_pipeline_parallel=True, zero_stage=1, precision="bf16"
-    )
+def test_without_pipeline_module_zero1_bf16_and_wandb(
+    pretrain: Any, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    layout = {"tensor_parallel_size": 2, "num_processes": 2, "no_pipeline_parallel": True, "zero_stage": 1}
+    done = pretrain("plain", precision="bf16", wandb_project="tests", **layout)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert len(list(output.glob("wandb/offline-run-*/run-*.wandb"))) == 1  # one a node
     step_dir = output / "checkpoint" / "plain" / "global_step8"
     assert not list(step_dir.glob("layer_*"))
     assert distance_to_golden(step_dir, tmp_path / "hf") < 4 * 2.0**-7

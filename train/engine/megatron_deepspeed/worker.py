@@ -7,6 +7,7 @@ python -m torch.distributed.run ... -m train.engine.megatron_deepspeed.worker --
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import os
 import runpy
@@ -18,6 +19,7 @@ from pathlib import Path
 from train import outcome, settings
 from train.engine.megatron_deepspeed import patches
 from train.errors import UserError
+from train.monitor import wandb_run
 from train.recipe import PretrainRecipe
 from train.run_folder import RunFolder
 
@@ -33,15 +35,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe = settings.build(PretrainRecipe, settings.read_yaml(own.recipe))
     assert recipe.checkpoint.job_name is not None
     run_folder = RunFolder(recipe.checkpoint.output_model_dir, recipe.checkpoint.job_name)
+    leads = os.environ.get("RANK", "0") == "0"
+    body = functools.partial(_pretrain_watched, recipe, run_folder, own.engine_commit, words[end + 1 :], leads=leads)
+    return outcome.record(run_folder.outcome, body, leads=leads)
+
+
+def _pretrain_watched(
+    recipe: PretrainRecipe, run_folder: RunFolder, engine_commit: str, arguments: Sequence[str], *, leads: bool
+) -> None:
+    """Trains with this node's W&B run open around it, where one is wanted."""
+    watched = wandb_run.start(
+        recipe.logging,
+        run_name=recipe.model_name,
+        kind="pretrain",
+        config=settings.to_plain(recipe),
+        dir=run_folder.root,
+    )
     run = patches.Run(
         metrics=run_folder.metrics,
         train_steps=recipe.train_steps,
         tokens_per_step=recipe.tokens_per_step,
         keep_last=recipe.checkpoint.keep_last,
-        engine_commit=own.engine_commit,
+        engine_commit=engine_commit,
+        watch=None if watched is None else lambda step, numbers: watched.log(dict(numbers), step=step),
     )
-    leads = os.environ.get("RANK", "0") == "0"
-    return outcome.record(run_folder.outcome, lambda: pretrain(run, words[end + 1 :], leads=leads), leads=leads)
+    pretrain(run, arguments, leads=leads)
+    if watched is not None:
+        watched.finish()
 
 
 def pretrain(run: patches.Run, arguments: Sequence[str], *, leads: bool) -> None:

@@ -42,6 +42,7 @@ class Run:
         tokens_per_step: tokens of one step over all ranks.
         keep_last: checkpoints to keep; 0 keeps all.
         engine_commit: upstream's commit, noted beside the golden logits.
+        watch: receives a step and its numbers whenever there is a progress line; None where nobody watches.
     """
 
     metrics: Path | None = None
@@ -49,6 +50,7 @@ class Run:
     tokens_per_step: int = 1
     keep_last: int = 0
     engine_commit: str = "unknown"
+    watch: Callable[[int, Mapping[str, float]], None] | None = None
 
 
 @dataclass(frozen=True)

@@ -68,8 +68,12 @@ def _apply(run: Run) -> str:
         if is_due and since_last_line:
             mean = sum(since_last_line) / len(since_last_line)
             norm = None if grad_norm is None else float(grad_norm)
+            rate = float(lr or 0.0)
             for line in lines:
-                line.train(step, loss=mean, lr=float(lr or 0.0), grad_norm=norm)
+                line.train(step, loss=mean, lr=rate, grad_norm=norm)
+            if run.watch is not None:
+                numbers = {"loss": mean, "lr": rate, "tokens": float(step * run.tokens_per_step)}
+                run.watch(step, numbers if norm is None else numbers | {"grad_norm": norm})
             since_last_line.clear()
         return result
 
@@ -92,6 +96,8 @@ def _apply(run: Run) -> str:
             loss = _from_last_rank(loss_of(measured[0]) if measured[0] else math.nan)
             for line in lines:
                 line.evaluation(step, loss=loss)
+            if run.watch is not None:
+                run.watch(step, {"eval_loss": loss})
         return result
 
     training.train = start
