@@ -34,7 +34,7 @@ class DemoSettings:
     output_dir: Path = setting(Path("output/demo"), help="folder for everything the demo makes")
     engine: str = setting("auto", help="pretraining engine", choices=("auto", "transformers", "megatron-deepspeed"))
     vocab_size: int = setting(4000, help="pieces of the tokenizer")
-    train_tokens: str = setting("2M", help="tokens to pretrain on")
+    train_tokens: str = setting("1M", help="tokens to pretrain on")
     finetune_steps: int = setting(150, help="optimizer steps of finetuning")
     dry_run: bool = setting(False, help="print the commands, and run nothing", flag_only=True)
 

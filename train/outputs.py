@@ -57,6 +57,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     unfinished.mkdir()
     try:
         yield unfinished
+        share(unfinished)
         if path.exists():
             replaced = unfinished.with_name(unfinished.name + "-replaced")
             path.rename(replaced)
@@ -94,11 +95,12 @@ def write_text(path: Path, text: str) -> None:
         unfinished.write_text(text, encoding="utf-8")
 
 
-def share(path: Path) -> None:
-    """Gives a file the permissions any other new file gets; safetensors writes its own readable by the owner alone."""
+def share(folder: Path) -> None:
+    """Gives the weights in a folder the permissions of any new file; safetensors lets only their owner read them."""
     mask = os.umask(0o077)
     os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(0o666 & ~mask)
 
 
 def _refuse_existing(path: Path, *, overwrite: bool) -> None:

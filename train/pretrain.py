@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train import manifest, outcome, process, settings
+from train.checkpoint_folders import remove_leftovers
 from train.cluster import allocation as allocations
 from train.cluster.allocation import Allocation
 from train.deepspeed_ops import place_ops
@@ -56,6 +57,7 @@ def pretrain(recipe: PretrainRecipe) -> int:
         _warn_of_uncounted_ends(parts)
     if allocation.device == "cpu" and choose.uses_deepspeed(engine, recipe):
         place_ops(run_folder.extensions_dir)
+    remove_leftovers(run_folder.checkpoint_dir)
     progress.cut_after(run_folder.metrics, run_folder.latest_step() or 0)
     run_folder.outcome.unlink(missing_ok=True)
     log = run_folder.log(socket.gethostname(), time.strftime("%Y.%m.%d_%H.%M.%S"))

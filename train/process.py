@@ -8,13 +8,15 @@ Commands are lists of arguments: nothing goes through a shell.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
+import select
 import shlex
 import signal
 import subprocess
 import sys
-import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +25,9 @@ from types import FrameType
 from train import outputs
 
 _SECRET_NAME = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|API_?KEY|CREDENTIALS?)(_|$)", re.IGNORECASE)
+_MARK = "TRAIN_RUN_MARK"  # the environment variable by which everything that a run started is found
+_LIBC = ctypes.CDLL(None)  # loaded here: nothing may be loaded between fork and exec
+_POLL_S = 0.5
 _GRACE_S = 30.0  # what a child gets between our signal and SIGKILL: long enough for the last log lines
 
 
@@ -58,26 +63,27 @@ def redacted(name: str, value: str) -> str:
 def run(command: Command, *, log: Path | None = None) -> int:
     """Runs `command`, copies its output to this terminal and to `log`, and returns its true exit code.
 
-    SIGINT and SIGTERM go on to the program and all it started; what is still there 30 s later is killed.
+    SIGINT and SIGTERM go on to the program; what is still there 30 s later is killed. Whatever it started ends with
+    it, even ranks in sessions of their own whose launcher was killed; and it ends when this process is killed.
 
     Returns:
         The program's exit status, or 128 + N when signal N ended it, as shells have it.
     """
     for file, text in command.files.items():
         outputs.write_text(file, text)
+    mark = f"{os.environ.get(_MARK, '')}/{uuid.uuid4()}"  # a run inside a run carries both
     child = subprocess.Popen(
         command.argv,
-        env={**os.environ, **command.environment},
+        env={**os.environ, **command.environment, _MARK: mark},
         cwd=command.working_dir,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        start_new_session=True,  # one process group, so that a signal reaches every rank
+        start_new_session=True,  # one process group, so that a signal reaches the program and its children
+        preexec_fn=_end_with_parent if sys.platform == "linux" else None,
     )
-    deadline: list[float] = []
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
-        deadline.append(time.monotonic() + _GRACE_S)
         _signal_group(child, number)
         signal.setitimer(signal.ITIMER_REAL, _GRACE_S)
 
@@ -87,7 +93,7 @@ def run(command: Command, *, log: Path | None = None) -> int:
     handlers = {signal.SIGINT: pass_on, signal.SIGTERM: pass_on, signal.SIGALRM: kill}
     previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        _copy_output(child, log)
+        _copy_output(child, log, mark)
         return_code = child.wait()
     except BaseException:
         _signal_group(child, signal.SIGKILL)
@@ -97,7 +103,7 @@ def run(command: Command, *, log: Path | None = None) -> int:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in previous.items():
             signal.signal(number, handler)
-    _signal_group(child, signal.SIGKILL)  # nothing it started outlives it
+        _kill_marked(mark)
     return return_code if return_code >= 0 else 128 - return_code
 
 
@@ -128,20 +134,46 @@ def capture(command: Command, *, timeout_s: float = 60.0) -> tuple[int, str]:
     return child.returncode, text.decode(errors="replace")
 
 
-def _copy_output(child: subprocess.Popen[bytes], log: Path | None) -> None:
+def _copy_output(child: subprocess.Popen[bytes], log: Path | None, mark: str) -> None:
+    """Copies until nobody holds the pipe any more. Once the program has ended, what it left behind is ended too."""
     assert child.stdout is not None
     with contextlib.ExitStack() as stack:
         sinks = [sys.stdout.buffer if hasattr(sys.stdout, "buffer") else None]
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
             sinks.append(stack.enter_context(log.open("ab")))
-        while chunk := os.read(child.stdout.fileno(), 65536):
+        swept = False
+        while True:
+            ready, _, _ = select.select([child.stdout], [], [], _POLL_S)
+            if not swept and child.poll() is not None:
+                _kill_marked(mark)
+                swept = True
+            if not ready:
+                continue
+            chunk = os.read(child.stdout.fileno(), 65536)
+            if not chunk:
+                return
             for sink in sinks:
                 if sink is None:  # a test has replaced stdout by a text buffer
                     sys.stdout.write(chunk.decode(errors="replace"))
                 else:
                     sink.write(chunk)
                     sink.flush()
+
+
+def _kill_marked(mark: str) -> None:
+    """Kills every process that carries the mark of a run that has ended."""
+    import psutil
+
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.pid != os.getpid() and process.environ().get(_MARK, "").startswith(mark):
+                process.kill()
+
+
+def _end_with_parent() -> None:
+    """In the child: asks the kernel for SIGTERM when the process that started it dies (prctl, PR_SET_PDEATHSIG)."""
+    _LIBC.prctl(1, signal.SIGTERM)
 
 
 def _signal_group(child: subprocess.Popen[bytes], number: int) -> None:

@@ -14,15 +14,11 @@ output_model_dir/
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train import outputs
-
-_STEP = re.compile(r"global_step(\d+)")
+from train.checkpoint_folders import whole_checkpoints
 
 
 @dataclass(frozen=True)
@@ -87,24 +83,12 @@ class RunFolder:
         steps = [step for step, _ in whole_checkpoints(self.checkpoint_dir)]
         return max(steps, default=None)
 
-    def write_latest(self, step: int) -> None:
-        """Points `latest` at a checkpoint that is whole."""
-        outputs.write_text(self.checkpoint_dir / "latest", f"global_step{step}")
-
     def read_metrics(self) -> list[dict[str, Any]]:
         """All progress lines so far; a last line that is still being written is left out."""
         if not self.metrics.is_file():
             return []
         lines = self.metrics.read_text(encoding="utf-8").split("\n")
         return [json.loads(line) for line in lines[:-1] if line]
-
-
-def whole_checkpoints(checkpoint_dir: Path) -> Iterator[tuple[int, Path]]:
-    """The finished `global_stepN` folders of a job, in rising order of N."""
-    if not checkpoint_dir.is_dir():
-        return
-    found = ((_STEP.fullmatch(folder.name), folder) for folder in checkpoint_dir.iterdir() if folder.is_dir())
-    yield from sorted((int(match[1]), folder) for match, folder in found if match)
 
 
 def of_checkpoint(step_dir: Path) -> RunFolder | None:

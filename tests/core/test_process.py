@@ -75,6 +75,36 @@ def test_sigterm_reaches_the_program_and_all_it_started(tmp_path):
         time.sleep(0.05)
     running.send_signal(signal.SIGTERM)
     assert running.wait(timeout=30) == 128 + 15
+    ends_soon(pids)
+
+
+def test_ranks_in_sessions_of_their_own_end_with_a_killed_launcher(tmp_path):
+    """As torchrun starts them: a child in a new session, whose parent is killed, ends too, and nobody waits for it."""
+    pid = tmp_path / "pid"
+    rank = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    code = f"import os, signal, subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {rank!r}],"
+    code += f" start_new_session=True)\nwhile not os.path.exists({str(pid)!r}): time.sleep(0.01)\n"
+    code += "os.kill(os.getpid(), signal.SIGKILL)"
+    assert process.run(python(code)) == 128 + 9
+    ends_soon(pid)
+
+
+def test_what_it_started_ends_when_we_are_killed(tmp_path):
+    pid = tmp_path / "pid"
+    inner = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    call = f"process.run(process.Command((sys.executable, '-c', {inner!r})))"
+    running = subprocess.Popen([sys.executable, "-c", f"import sys; from train import process; {call}"])
+    deadline = time.monotonic() + 30
+    while not (pid.exists() and pid.read_text()):
+        assert time.monotonic() < deadline, "the program did not start"
+        time.sleep(0.05)
+    running.kill()
+    running.wait(timeout=30)
+    ends_soon(pid)
+
+
+def ends_soon(pids: Path) -> None:
+    deadline = time.monotonic() + 30
     while any(is_running(pid) for pid in pids.read_text().split()):
         assert time.monotonic() < deadline, "a process outlived its launcher"
         time.sleep(0.05)

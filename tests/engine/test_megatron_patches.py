@@ -16,10 +16,8 @@ from train.engine.megatron_deepspeed.patches import (
     golden_logits,
     progress_lines,
     stand_in,
-    whole_checkpoints,
 )
 from train.errors import EXIT_NON_FINITE_LOSS, NonFiniteLossError, UserError
-from train.run_folder import whole_checkpoints as whole
 
 # What a rank does without one patch, and the error that names the reason for it.
 NEEDED = {
@@ -81,41 +79,6 @@ def test_golden_input_is_always_the_same_and_has_no_end_of_document() -> None:
     first, again = (golden_logits.input_ids(7, 3, 2, 200) for _ in range(2))
     assert torch.equal(first, again) and first.shape == (2, 200)
     assert set(first.unique().tolist()) == {0, 1, 2, 4, 5, 6}
-
-
-def test_checkpoint_is_published_by_a_rename(tmp_path: Path) -> None:
-    unfinished = tmp_path / ".global_step4.unfinished-save"
-    unfinished.mkdir()
-    (unfinished / "new").touch()
-    assert list(whole(tmp_path)) == []
-    whole_checkpoints.publish(unfinished, tmp_path / "global_step4")
-    assert [step for step, _ in whole(tmp_path)] == [4] and (tmp_path / "latest").read_text() == "global_step4"
-
-
-def test_step_that_is_trained_again_replaces_its_checkpoint(tmp_path: Path) -> None:
-    unfinished = tmp_path / ".global_step4.unfinished-save"
-    for file in (tmp_path / "global_step4" / "old", unfinished / "new"):
-        file.parent.mkdir()
-        file.touch()
-    whole_checkpoints.publish(unfinished, tmp_path / "global_step4")
-    assert [file.name for file in (tmp_path / "global_step4").iterdir()] == ["new"]
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["global_step4", "latest"]
-
-
-def test_what_a_killed_save_left_is_removed(tmp_path: Path) -> None:
-    (tmp_path / ".global_step4.unfinished-save").mkdir()
-    (tmp_path / "global_step2").mkdir()
-    whole_checkpoints.remove_leftovers(tmp_path)
-    whole_checkpoints.remove_leftovers(tmp_path / "not there")
-    assert [file.name for file in tmp_path.iterdir()] == ["global_step2"]
-
-
-@pytest.mark.parametrize(("keep_last", "kept"), [(0, [2, 10, 9]), (1, [10]), (2, [9, 10]), (5, [2, 9, 10])])
-def test_newest_checkpoints_are_kept(tmp_path: Path, keep_last: int, kept: list[int]) -> None:
-    for step in (2, 10, 9):
-        (tmp_path / f"global_step{step}").mkdir()
-    whole_checkpoints.prune(tmp_path, keep_last)
-    assert sorted(step for step, _ in whole(tmp_path)) == sorted(kept)
 
 
 def test_loss_is_found_in_what_upstream_logs() -> None:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train import outputs
+from train.checkpoint_folders import whole_checkpoints
 from train.errors import UserError
-from train.run_folder import whole_checkpoints
 
 TRANSFORMERS = "transformers"
 MEGATRON = "megatron"

@@ -11,6 +11,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from train import outputs
 from train.finetune.settings import FinetuneSettings
 from train.settings import setting
 
@@ -126,6 +127,7 @@ class FinetuneFolder:
         """Gives the output its name, replacing what is there, and removes what only training needed."""
         if self.output.exists():
             self.output.rename(self.root / "replaced")
+        outputs.share(self.model_dir)
         self.model_dir.rename(self.output)
         shutil.rmtree(self.root)
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train import outputs
 from train.checkpoint.export import ExportResult
 from train.checkpoint.megatron import gpt2, qkv_layout
 from train.checkpoint.megatron.layout import MegatronCheckpoint, open_checkpoint
@@ -94,7 +93,6 @@ class _ShardWriter:
 
         self._shards += 1
         save_file(self._waiting, self._file(self._shards), metadata={"format": "pt"})
-        outputs.share(self._file(self._shards))
         self.shard_of |= dict.fromkeys(self._waiting, self._shards)
         self._waiting, self._waiting_bytes = {}, 0
 

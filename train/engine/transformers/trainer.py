@@ -12,7 +12,6 @@ What differs from the stock Trainer, and why:
 
 from __future__ import annotations
 
-import shutil
 from typing import Any
 
 import torch
@@ -23,12 +22,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback
 
+from train.checkpoint_folders import prune, publish
 from train.data.gpt_dataset import GPTDataset
 from train.engine.transformers.schedule import learning_rate
 from train.errors import NonFiniteLossError
 from train.monitor.progress import Progress
 from train.recipe import PretrainRecipe
-from train.run_folder import RunFolder, whole_checkpoints
+from train.run_folder import RunFolder
 
 GOLDEN_LOGITS_FILE = "golden_logits.safetensors"
 _GOLDEN_TOKENS = 64
@@ -112,15 +112,8 @@ class PretrainTrainer(Trainer):
         tensors = {"input_ids": self._golden_input_ids.contiguous(), "logits": logits}
         computed_in = {"dtype": _DTYPES[self._recipe.training.precision]}  # how near an export can come to them
         save_file(tensors, unfinished / GOLDEN_LOGITS_FILE, metadata=computed_in)
-        whole = self._run_folder.step_dir(step)
-        if whole.exists():  # a run that went back to an older checkpoint comes by again
-            shutil.rmtree(whole)
-        unfinished.rename(whole)
-        self._run_folder.write_latest(step)
-        if self._recipe.checkpoint.keep_last:
-            kept = list(whole_checkpoints(self._run_folder.checkpoint_dir))
-            for _, old in kept[: -self._recipe.checkpoint.keep_last]:
-                shutil.rmtree(old)
+        publish(unfinished, self._run_folder.step_dir(step))
+        prune(self._run_folder.checkpoint_dir, self._recipe.checkpoint.keep_last)
 
 
 class ProgressCallback(TrainerCallback):

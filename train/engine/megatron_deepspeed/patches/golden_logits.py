@@ -10,7 +10,6 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from train import outputs
 from train.engine.megatron_deepspeed.patches import Patch, Run
 
 FILE_NAME = "golden_logits.safetensors"
@@ -60,7 +59,6 @@ def record(engine: Any, folder: Path, engine_commit: str) -> None:
                 "dtype": str(args.params_dtype).removeprefix("torch."),
             },
         )
-        outputs.share(folder / FILE_NAME)
 
 
 def _real_vocab_size(tokenizer: Any) -> int:

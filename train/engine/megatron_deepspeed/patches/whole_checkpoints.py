@@ -4,40 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
-from train import outputs
+from train.checkpoint_folders import prune, publish, remove_leftovers
 from train.engine.megatron_deepspeed.patches import Patch, Run
-from train.run_folder import whole_checkpoints
-
-
-def publish(unfinished: Path, final: Path) -> None:
-    """Renames a written checkpoint to its name; one that is there already (a step trained again) gives way."""
-    if final.exists():
-        replaced = final.with_name(f".{final.name}.unfinished-replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)
-        unfinished.rename(final)
-        shutil.rmtree(replaced)
-    else:
-        unfinished.rename(final)
-    outputs.write_text(final.parent / "latest", final.name)
-
-
-def remove_leftovers(checkpoint_dir: Path) -> None:
-    """Removes what a killed run had begun to save."""
-    if checkpoint_dir.is_dir():
-        for leftover in checkpoint_dir.glob(".global_step*.unfinished-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def prune(checkpoint_dir: Path, keep_last: int) -> None:
-    """Removes all but the newest `keep_last` checkpoints; 0 keeps all."""
-    if keep_last > 0:
-        for _, folder in list(whole_checkpoints(checkpoint_dir))[:-keep_last]:
-            shutil.rmtree(folder)
 
 
 def _apply(run: Run) -> str:
