@@ -107,9 +107,9 @@ def test_a_folder_that_cannot_be_made_is_named():
         pass
 
 
-def test_shared_file_is_readable_as_any_new_file(tmp_path: Path) -> None:
-    own, usual = tmp_path / "own", tmp_path / "usual"
-    own.touch(mode=0o600)
-    usual.touch()
-    outputs.share(own)
-    assert own.stat().st_mode == usual.stat().st_mode
+def test_weights_in_a_new_folder_are_readable_as_any_new_file(tmp_path: Path) -> None:
+    with outputs.new_folder(tmp_path / "model") as folder:
+        (folder / "model.safetensors").touch(mode=0o600)
+        (folder / "usual").touch()
+    modes = {file.stat().st_mode for file in (tmp_path / "model").iterdir()}
+    assert len(modes) == 1
