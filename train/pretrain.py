@@ -11,7 +11,7 @@ import dataclasses
 import shutil
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,15 +81,15 @@ def check_data(recipe: PretrainRecipe) -> tuple[BlendPart, ...]:
     """Opens tokenizer and data before anything starts.
 
     Raises:
-        UserError: a file is missing or broken, or the data was made with another tokenizer.
+        UserError: a file is missing or broken, or the data's ids are not this tokenizer's.
     """
     from train.data.blend import read_blend
+    from train.tokenizer.convert import read_model
 
     tokenizer = recipe.data.input_tokenizer_file
-    if not tokenizer.is_file():
-        raise UserError(f"--input_tokenizer_file {tokenizer} is not a file: name the .model file that step 1 wrote.")
+    vocab_size = len(read_model(tokenizer).pieces)
     parts = read_blend(recipe.data.data_path)
-    refuse(_tokenizer_mismatches(tokenizer, parts))
+    refuse(problem for part in parts for problem in _id_problems(part, tokenizer, vocab_size))
     return parts
 
 
@@ -189,19 +189,23 @@ def _remove(run_folder: RunFolder) -> None:
         file.unlink(missing_ok=True)
 
 
-def _tokenizer_mismatches(tokenizer: Path, parts: Sequence[BlendPart]) -> list[str]:
-    """Data whose manifest names another tokenizer: its ids would mean other pieces."""
-    own = manifest.sha256(tokenizer)
-    wrong = []
-    for part in parts:
-        file = Path(f"{part.prefix}.manifest.json")
-        if file.is_file():
-            theirs = manifest.read(file)["results"].get("tokenizer_sha256")
-            if theirs not in (None, own):
-                wrong.append(
-                    f"{part.prefix} was tokenized with another tokenizer than {tokenizer}: preprocess it again."
-                )
-    return wrong
+def _id_problems(part: BlendPart, tokenizer: Path, vocab_size: int) -> Iterator[str]:
+    """Ids that would mean other pieces, or none: the data's manifest tells; without one the ids are looked at."""
+    from train.data.indexed_dataset import IndexedDataset
+    from train.data.inspect import id_range
+
+    file = Path(f"{part.prefix}.manifest.json")
+    results = manifest.read(file)["results"] if file.is_file() else {}
+    if "tokenizer_sha256" in results and results["tokenizer_sha256"] != manifest.sha256(tokenizer):
+        yield f"{part.prefix} was tokenized with another tokenizer than {tokenizer}: preprocess it again."
+    elif results.get("tokens") != part.tokens or "tokenizer_sha256" not in results:
+        print(f"{part.prefix} has no manifest of its own: reading all of its ids", flush=True)
+        _, largest = id_range(IndexedDataset(part.prefix))
+        if largest >= vocab_size:
+            yield (
+                f"{part.prefix} holds id {largest:,}, {tokenizer} has {vocab_size:,} pieces: name the tokenizer it was"
+                " made with (inspect_data.py shows where), or preprocess it again."
+            )
 
 
 def _results(

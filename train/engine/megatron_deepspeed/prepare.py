@@ -148,10 +148,10 @@ def _environment(allocation: Allocation, run_folder: RunFolder, found: checkout.
         "TOKENIZERS_PARALLELISM": "false",
         "TORCH_EXTENSIONS_DIR": str(run_folder.extensions_dir.absolute()),
     }
+    if "OMP_NUM_THREADS" not in os.environ:  # torchrun would set 1, and an offloaded optimizer would crawl
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // allocation.processes_per_host))
     if allocation.device == "cpu":
         environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-        if "OMP_NUM_THREADS" not in os.environ:  # torchrun would set 1
-            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // allocation.processes_per_host))
         # DeepSpeed's CPU accelerator takes this for the number of devices; its own launcher sets it, torchrun does not
         environment["LOCAL_SIZE"] = str(allocation.processes_per_host)
     return environment

@@ -35,10 +35,10 @@ def prepare(recipe: PretrainRecipe, allocation: Allocation, run_folder: RunFolde
         "TOKENIZERS_PARALLELISM": "false",
         "TORCH_EXTENSIONS_DIR": str(run_folder.extensions_dir.absolute()),
     }
+    if "OMP_NUM_THREADS" not in os.environ:  # torchrun would set 1, and an offloaded optimizer would crawl
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // allocation.processes_per_host))
     if allocation.device == "cpu":
         environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-        if "OMP_NUM_THREADS" not in os.environ:  # torchrun would set 1
-            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // allocation.processes_per_host))
     return Command(tuple(argv), environment, files=files)
 
 

@@ -1,0 +1,131 @@
+"""What pretraining refuses before anything starts, and which engine it takes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from train import cli, manifest
+from train.cluster.allocation import Allocation
+from train.data.indexed_dataset import IndexedDatasetWriter
+from train.engine import choose
+from train.engine.megatron_deepspeed import checkout
+from train.errors import UserError
+from train.pretrain import pretrain
+from train.recipe import PretrainRecipe
+
+HERE = Allocation(("host",), 2, "cpu", "for the test")
+TINY = ["--num_layers", "2", "--hidden_size", "64", "--num_attention_heads", "4", "--global_batch_size", "8", "--lr",
+        "1e-3", "--train_tokens", "1M", "--device", "cpu", "--precision", "fp32"]  # fmt: skip
+
+
+@pytest.fixture
+def paths(tmp_path: Path, project_root: Path) -> dict[str, Path]:
+    shutil.copy(project_root / "tests" / "data" / "tiny.model", tmp_path / "t.model")
+    prefix = tmp_path / "data" / "d_text_document"
+    prefix.parent.mkdir()
+    with IndexedDatasetWriter(Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), np.dtype(np.uint16)) as writer:
+        for _ in range(10):
+            writer.add_document([1, 2, 3])
+    return {
+        "input_tokenizer_file": tmp_path / "t.model",
+        "data_path": prefix.parent,
+        "output_model_dir": tmp_path / "o",
+    }
+
+
+def run(paths: dict[str, Path], *words: str) -> int:
+    given = [word for name, value in paths.items() for word in (f"--{name}", str(value))]
+    return cli.run(PretrainRecipe, pretrain, [*given, *TINY, *words], description="", example="", recipe_dir=None)
+
+
+def recipe(*words: str) -> PretrainRecipe:
+    from train import settings
+
+    required = ["--input_tokenizer_file", "t", "--data_path", "d", "--output_model_dir", "o"]
+    return settings.parse(PretrainRecipe, [*required, *TINY, *words], program="p", description="").resolved()
+
+
+def test_a_missing_tokenizer_is_named(paths, capsys):
+    paths["input_tokenizer_file"] = paths["input_tokenizer_file"].with_name("no.model")
+    assert run(paths) == 2
+    assert "no.model is missing: name the .model file that step 1 wrote" in capsys.readouterr().err
+    assert not paths["output_model_dir"].exists()
+
+
+def test_missing_data_is_named(paths, capsys):
+    paths["data_path"] = paths["data_path"].with_name("nowhere")
+    assert run(paths) == 2
+    assert "nowhere" in capsys.readouterr().err
+    assert not paths["output_model_dir"].exists()
+
+
+def test_data_of_another_tokenizer_is_refused(paths, capsys, tmp_path):
+    file = paths["data_path"] / "d_text_document.manifest.json"
+    manifest.write(
+        file, step="preprocess_data", settings={}, inputs=[], results={"tokenizer_sha256": "another"}, started=0.0
+    )
+    assert run(paths) == 2
+    assert "was tokenized with another tokenizer than" in capsys.readouterr().err
+
+
+def test_ids_beyond_the_vocabulary_never_reach_the_embedding(paths, capsys):
+    """Without a manifest the ids themselves are looked at."""
+    data = paths["data_path"] / "d_text_document.bin"
+    data.write_bytes(np.array([1, 2, 65000] * 10, dtype=np.uint16).tobytes())
+    assert run(paths) == 2
+    assert "holds id 65,000" in capsys.readouterr().err
+    assert not paths["output_model_dir"].exists()
+
+
+def test_what_is_no_tokenizer_is_refused(paths, capsys):
+    paths["input_tokenizer_file"].write_text("not a model")
+    assert run(paths) == 2
+    assert "t.model is not a SentencePiece model" in capsys.readouterr().err
+
+
+def test_the_batch_must_divide_over_the_ranks(paths, capsys):
+    assert run(paths, "--num_processes", "3", "--engine", "transformers", "--dry_run") == 2
+    assert "--global_batch_size 8 is not a multiple of --micro_batch_size 1 x 3 ranks = 3" in capsys.readouterr().err
+
+
+@pytest.fixture
+def no_checkout(monkeypatch, tmp_path):
+    monkeypatch.setenv(checkout.DIRECTORY_VARIABLE, str(tmp_path / "none"))
+
+
+@pytest.fixture
+def a_checkout(monkeypatch, tmp_path):
+    found = checkout.Checkout(path=tmp_path / "megatron", commit="0" * 40, reason="made up")
+    monkeypatch.setattr(checkout, "find_checkout", lambda: found)
+
+
+def test_without_a_checkout_transformers_trains_and_says_why(no_checkout):
+    name, reason = choose.choose(recipe(), HERE)
+    assert name == "transformers" and "install_megatron_deepspeed.sh" in reason
+
+
+def test_with_a_checkout_megatron_trains_what_it_can(a_checkout, tmp_path):
+    assert choose.choose(recipe(), HERE) == ("megatron-deepspeed", f"installed at {tmp_path / 'megatron'}")
+    name, reason = choose.choose(recipe("--architecture", "llama"), HERE)
+    assert name == "transformers" and "--architecture llama" in reason
+
+
+def test_a_named_engine_wins_or_says_why_not(a_checkout, no_checkout):
+    assert choose.choose(recipe("--engine", "transformers"), HERE) == ("transformers", "asked for")
+    with pytest.raises(UserError, match="--architecture llama"):
+        choose.choose(recipe("--engine", "megatron-deepspeed", "--architecture", "llama"), HERE)
+    with pytest.raises(UserError, match="--tensor_parallel_size 2 needs --engine megatron-deepspeed"):
+        choose.choose(recipe("--engine", "transformers", "--tensor_parallel_size", "2"), HERE)
+
+
+def test_what_only_megatron_can_do_is_refused_without_it(no_checkout):
+    with pytest.raises(UserError) as caught:
+        choose.choose(recipe("--tensor_parallel_size", "2"), HERE)
+    assert "needs --engine megatron-deepspeed" in caught.value.problems[0]
+    assert "install_megatron_deepspeed.sh" in caught.value.problems[1]
+    with pytest.raises(UserError, match=r"install_megatron_deepspeed.sh"):
+        choose.choose(recipe("--engine", "megatron-deepspeed"), HERE)
