@@ -196,7 +196,9 @@ class PretrainRecipe:
     overwrite: bool = setting(False, help="start again from step 0, replacing this job's checkpoints", flag_only=True)
 
     def resolved(self) -> PretrainRecipe:
-        """The recipe with every open value filled in from the model size and the job's name made.
+        """The recipe with every open value filled in from the model size, the job's name made and paths absolute.
+
+        So the saved recipe gives the same run from any folder.
 
         Raises:
             UserError: neither a size nor the numbers were given, or they do not fit each other.
@@ -236,10 +238,17 @@ class PretrainRecipe:
         )
         recipe = dataclasses.replace(self, model=model, training=training)
         refuse([*training.problems(), *recipe._shape_problems()])
-        checkpoint = dataclasses.replace(
-            self.checkpoint, job_name=self.checkpoint.job_name or recipe.made_up_job_name()
+        data = dataclasses.replace(
+            self.data,
+            input_tokenizer_file=self.data.input_tokenizer_file.absolute(),
+            data_path=tuple(word if _is_number(word) else str(Path(word).absolute()) for word in self.data.data_path),
         )
-        return dataclasses.replace(recipe, checkpoint=checkpoint)
+        checkpoint = dataclasses.replace(
+            self.checkpoint,
+            job_name=self.checkpoint.job_name or recipe.made_up_job_name(),
+            output_model_dir=self.checkpoint.output_model_dir.absolute(),
+        )
+        return dataclasses.replace(recipe, data=data, checkpoint=checkpoint)
 
     @property
     def train_steps(self) -> int:
@@ -288,6 +297,14 @@ class PretrainRecipe:
             yield "--num_key_value_heads: GPT-2 has one per query head; choose --architecture llama or mistral for GQA."
         if model.architecture == "gpt2" and not model.tie_word_embeddings:
             yield "--tie_word_embeddings False: a GPT-2 folder ties them; choose --architecture llama or mistral."
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def _short(tokens: int) -> str:
