@@ -50,8 +50,17 @@ def test_an_interrupted_rank_says_so(tmp_path: Path, number: signal.Signals) -> 
     finally:
         signal.signal(signal.SIGTERM, former)
     with pytest.raises(UserError, match="goes on from the last checkpoint") as caught:
-        outcome.check(file, 1, log=tmp_path / "log")
+        outcome.check(file, 128 + number, log=tmp_path / "log")
     assert caught.value.exit_code == EXIT_INTERRUPTED
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_ranks_that_were_stopped_because_another_died_are_no_interruption(tmp_path: Path, status: int) -> None:
+    file = tmp_path / "outcome.json"
+    outcome.write(file, EXIT_INTERRUPTED, ["interrupted"])
+    with pytest.raises(UserError, match="broke off|without saying how") as caught:
+        outcome.check(file, status, log=tmp_path / "log")
+    assert caught.value.exit_code == EXIT_FAILURE
 
 
 def test_our_own_mistakes_keep_their_traceback(tmp_path: Path) -> None:

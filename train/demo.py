@@ -212,7 +212,7 @@ def _pretrain_summary(record: dict[str, Any]) -> str:
     results = record["results"]
     return (
         f"{results['engine']}: {results['tokens']:,} tokens, loss {results['first_loss']:.3f} ->"
-        f" {results['last_loss']:.3f}, held-out perplexity {results['eval_perplexity']:.1f}"
+        f" {results['last_loss']:.3f}, held-out loss {results['eval_loss']:.3f}"
     )
 
 

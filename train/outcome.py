@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterable
@@ -43,13 +42,8 @@ def write(path: Path, exit_code: int, problems: Iterable[str] = ()) -> None:
     Ranks that fail later mostly fail because the first one did.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    own = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
-    own.write_text(json.dumps({"exit_code": exit_code, "problems": list(problems)}) + "\n", encoding="utf-8")
-    try:
-        with contextlib.suppress(FileExistsError):
-            os.link(own, path)
-    finally:
-        own.unlink()
+    with contextlib.suppress(FileExistsError), path.open("x", encoding="utf-8") as stream:
+        stream.write(json.dumps({"exit_code": exit_code, "problems": list(problems)}) + "\n")
 
 
 def read(path: Path) -> Outcome | None:
@@ -96,7 +90,9 @@ def check(path: Path, exit_status: int, *, log: Path) -> None:
         UserError: a rank reported a failure, the command failed, or it ended without any report.
     """
     outcome = read(path)
-    if outcome is not None and outcome.exit_code != EXIT_OK:
+    # when one rank dies the others are stopped, and may report that first; it was the user only if we passed it on
+    stopped = outcome is not None and outcome.exit_code == EXIT_INTERRUPTED
+    if outcome is not None and outcome.exit_code != EXIT_OK and not stopped:
         raise UserError(outcome.problems, exit_code=outcome.exit_code)
     if exit_status in _SIGNALS_OF_THE_USER:
         raise UserError(_INTERRUPTED, exit_code=EXIT_INTERRUPTED)
@@ -105,5 +101,5 @@ def check(path: Path, exit_status: int, *, log: Path) -> None:
             f"training broke off with status {exit_status}: the traceback is above, and in {log}.",
             exit_code=EXIT_FAILURE,
         )
-    if outcome is None:
+    if outcome is None or stopped:
         raise UserError(f"training ended without saying how: see {log}.", exit_code=EXIT_FAILURE)

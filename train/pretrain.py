@@ -8,6 +8,7 @@ Called again, it goes on from the newest whole checkpoint; when nothing is left 
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import socket
 import time
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train import manifest, outcome, process, settings
+from train import manifest, outcome, outputs, process, same_run, settings
 from train.checkpoint_folders import remove_leftovers
 from train.cluster import allocation as allocations
 from train.cluster.allocation import Allocation
@@ -23,6 +24,7 @@ from train.deepspeed_ops import place_ops
 from train.engine import choose
 from train.errors import UserError, refuse
 from train.monitor import progress, wandb_run
+from train.process import Command
 from train.recipe import PretrainRecipe
 from train.run_folder import RunFolder
 
@@ -37,44 +39,52 @@ def pretrain(recipe: PretrainRecipe) -> int:
     """Trains `recipe`, or with --dry_run prints what would run."""
     recipe = _with_wandb_group(recipe.resolved())
     assert recipe.checkpoint.job_name is not None
-    run_folder = RunFolder(recipe.checkpoint.output_model_dir.absolute(), recipe.checkpoint.job_name)
+    run_folder = RunFolder(recipe.checkpoint.output_model_dir, recipe.checkpoint.job_name)
+    allocation = allocations.find(num_processes=recipe.parallel.num_processes, device=recipe.parallel.device)
     if recipe.dry_run:
-        return _dry_run(recipe, run_folder)
+        return _dry_run(recipe, allocation, run_folder)
     started = time.time()
     parts = check_data(recipe)
-    if recipe.overwrite:
-        _remove(run_folder)
-    if _is_done(recipe, run_folder, parts):
+    if not recipe.overwrite and _is_done(recipe, run_folder, parts):
         print(f"{run_folder.manifest} is there for the same recipe and data: nothing to do (--overwrite starts again).")
         return 0
-    allocation = allocations.find(num_processes=recipe.parallel.num_processes, device=recipe.parallel.device)
-    engine, reason = choose.choose(recipe, allocation)
-    check_resume(recipe, run_folder, allocation)
-    command = choose.engine(engine).prepare(recipe, allocation, run_folder)
-    _announce(recipe, engine, reason, allocation, run_folder)
-    _describe_blend(parts, recipe.training.train_tokens)
-    if engine == choose.MEGATRON:
-        _warn_of_uncounted_ends(parts)
-    if allocation.device == "cpu" and choose.uses_deepspeed(engine, recipe):
-        place_ops(run_folder.extensions_dir)
+    with same_run.claimed(run_folder.lock, str(run_folder.checkpoint_dir)):
+        engine, reason = _engine(recipe, allocation, run_folder)
+        identity = _identity(recipe, engine, allocation, parts)
+        if not recipe.overwrite:
+            check_resume(recipe, run_folder, identity)
+        command = choose.engine(engine).prepare(recipe, allocation, run_folder)
+        _announce(recipe, engine, reason, allocation, run_folder)
+        _describe_blend(parts, recipe.training.train_tokens)
+        if engine == choose.MEGATRON:
+            _warn_of_uncounted_ends(parts)
+        if allocation.device == "cpu" and choose.uses_deepspeed(engine, recipe):
+            place_ops(run_folder.extensions_dir)
+        if recipe.overwrite:
+            _remove(run_folder)
+        outputs.write_text(run_folder.identity, json.dumps(identity, indent=2) + "\n")
+        _train(command, run_folder)
+        results = _results(recipe, engine, allocation, run_folder, parts, command.argv, time.time() - started)
+        manifest.write(
+            run_folder.manifest,
+            step=STEP,
+            settings=settings.to_plain(_comparable(recipe)),
+            inputs=_inputs(recipe, parts),
+            results=results,
+            started=started,
+        )
+    print(f"done: {run_folder.step_dir(recipe.train_steps)}, {_losses(results)}, {results['tokens']:,} tokens")
+    return 0
+
+
+def _train(command: Command, run_folder: RunFolder) -> None:
+    """Runs the ranks from the newest whole checkpoint on."""
     remove_leftovers(run_folder.checkpoint_dir)
     progress.cut_after(run_folder.metrics, run_folder.latest_step() or 0)
     run_folder.outcome.unlink(missing_ok=True)
     log = run_folder.log(socket.gethostname(), time.strftime("%Y.%m.%d_%H.%M.%S"))
     exit_status = process.run(command, log=log)
     outcome.check(run_folder.outcome, exit_status, log=log)
-    results = _results(recipe, engine, allocation, run_folder, parts, command.argv, time.time() - started)
-    manifest.write(
-        run_folder.manifest,
-        step=STEP,
-        settings=settings.to_plain(_comparable(recipe)),
-        inputs=_inputs(recipe, parts),
-        results=results,
-        started=started,
-    )
-    losses = f"loss {results['first_loss']:.4f} -> {results['last_loss']:.4f}"
-    print(f"done: {run_folder.step_dir(recipe.train_steps)}, {losses}, {results['tokens']:,} tokens")
-    return 0
 
 
 def check_data(recipe: PretrainRecipe) -> tuple[BlendPart, ...]:
@@ -93,33 +103,67 @@ def check_data(recipe: PretrainRecipe) -> tuple[BlendPart, ...]:
     return parts
 
 
-def check_resume(recipe: PretrainRecipe, run_folder: RunFolder, allocation: Allocation) -> None:
-    """Refuses to go on from checkpoints of another model, or of another number of ranks where ZeRO needs the same."""
+def check_resume(recipe: PretrainRecipe, run_folder: RunFolder, identity: dict[str, Any]) -> None:
+    """Refuses to go on from the checkpoints of another run: its manifest would tell of a training that never was.
+
+    What may change: intervals, logging, how many checkpoints are kept, and, with the transformers engine, a larger
+    --train_tokens with the same --lr_decay_tokens.
+    """
     step = run_folder.latest_step()
     if step is None:
         return
-    if run_folder.recipe.is_file():
-        before = settings.build(PretrainRecipe, settings.read_yaml(run_folder.recipe))
-        different = [
-            f"{field.name} {getattr(before.model, field.name)} there, {getattr(recipe.model, field.name)} now"
-            for field in dataclasses.fields(recipe.model)
-            if getattr(before.model, field.name) != getattr(recipe.model, field.name)
-        ]
-        if different:
-            raise UserError(
-                f"{run_folder.checkpoint_dir} holds another model ({'; '.join(different)}): choose another --job_name,"
-                " or --overwrite to start again."
-            )
-    shards = list(run_folder.step_dir(step).glob("global_step*/*optim_states.pt"))
-    if recipe.parallel.zero_stage and shards and len(shards) != allocation.world_size:
+    again = "use what it used, choose another --job_name, or --overwrite to start again"
+    if not run_folder.identity.is_file():
+        raise UserError(f"{run_folder.checkpoint_dir} holds checkpoints that no run here has begun: {again}.")
+    if step > recipe.train_steps:
         raise UserError(
-            f"{run_folder.step_dir(step)} was saved by {len(shards)} ranks under ZeRO and cannot go on with"
-            f" {allocation.world_size}: use --num_processes {len(shards)}, or --overwrite to start again."
+            f"{run_folder.step_dir(step)} is beyond the {recipe.train_steps:,} steps of --train_tokens"
+            f" {recipe.training.train_tokens:,}: {again}."
         )
+    former = json.loads(run_folder.identity.read_text(encoding="utf-8"))
+    found = []
+    for path, before, now in same_run.differences(former, identity):
+        if path[-1] == "train_tokens" and identity["engine"] == choose.TRANSFORMERS and before < now:
+            print(f"--train_tokens grows from {before:,} to {now:,}: the order of the data is drawn anew from here on")
+        else:
+            found.append(f"{' '.join(path[1:]) or path[0]}: {before!r} there, {now!r} now")
+    if found:
+        raise UserError(f"{run_folder.checkpoint_dir} holds another run ({'; '.join(found)}): {again}.")
 
 
-def _dry_run(recipe: PretrainRecipe, run_folder: RunFolder) -> int:
-    allocation = allocations.find(num_processes=recipe.parallel.num_processes, device=recipe.parallel.device)
+def _engine(recipe: PretrainRecipe, allocation: Allocation, run_folder: RunFolder) -> tuple[str, str]:
+    """The engine; checkpoints that are there decide before `auto` does."""
+    resumes = recipe.parallel.engine == "auto" and not recipe.overwrite and run_folder.latest_step() is not None
+    if resumes and run_folder.identity.is_file():
+        former = json.loads(run_folder.identity.read_text(encoding="utf-8"))["engine"]
+        recipe = dataclasses.replace(recipe, parallel=dataclasses.replace(recipe.parallel, engine=former))
+        return choose.choose(recipe, allocation)[0], "the checkpoints are of this engine"
+    return choose.choose(recipe, allocation)
+
+
+def _identity(
+    recipe: PretrainRecipe, engine: str, allocation: Allocation, parts: Sequence[BlendPart]
+) -> dict[str, Any]:
+    """What makes a run this run and no other, as plain data."""
+    plain = settings.to_plain(recipe)
+    del plain["logging"]
+    for name in ("save_interval", "keep_last", "eval_interval", "eval_iters", "output_model_dir"):
+        del plain["checkpoint"][name]
+    del plain["data"]["num_workers"]
+    for name in ("engine", "num_processes", "device"):
+        del plain["parallel"][name]
+    record = {
+        "settings": plain,
+        "inputs": {str(file): manifest.identity(file) for file in _inputs(recipe, parts)},
+        "engine": engine,
+        # optimizer state that DeepSpeed has spread belongs to this number of ranks
+        "processes": allocation.world_size if choose.uses_deepspeed(engine, recipe) else None,
+        "device": allocation.device,
+    }
+    return dict(json.loads(json.dumps(record)))
+
+
+def _dry_run(recipe: PretrainRecipe, allocation: Allocation, run_folder: RunFolder) -> int:
     engine, reason = choose.choose(recipe, allocation)
     command = choose.engine(engine).prepare(recipe, allocation, run_folder)
     _announce(recipe, engine, reason, allocation, run_folder)
@@ -133,7 +177,7 @@ def _announce(recipe: PretrainRecipe, engine: str, reason: str, allocation: Allo
     print(f"engine: {engine} ({reason})")
     print(f"where: {allocation.reason}")
     print(f"layout: {choose.engine(engine).layout(recipe, allocation)}")
-    start = run_folder.latest_step()
+    start = None if recipe.overwrite else run_folder.latest_step()
     begin = "from scratch" if start is None else f"goes on from step {start:,}"
     print(f"job: {run_folder.job_name}, {recipe.train_steps:,} steps of {recipe.tokens_per_step:,} tokens, {begin}")
 
@@ -185,7 +229,7 @@ def _inputs(recipe: PretrainRecipe, parts: Sequence[BlendPart]) -> list[Path]:
 def _remove(run_folder: RunFolder) -> None:
     shutil.rmtree(run_folder.checkpoint_dir, ignore_errors=True)
     shutil.rmtree(run_folder.tensorboard_dir, ignore_errors=True)
-    for file in (run_folder.manifest, run_folder.metrics, run_folder.recipe):
+    for file in (run_folder.manifest, run_folder.metrics, run_folder.recipe, run_folder.identity):
         file.unlink(missing_ok=True)
 
 
@@ -250,3 +294,9 @@ def _results(
             for part in parts
         ],
     }
+
+
+def _losses(results: dict[str, Any]) -> str:
+    if results["first_loss"] is None:
+        return "no step was left to train"
+    return f"loss {results['first_loss']:.4f} -> {results['last_loss']:.4f}"

@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import BinaryIO
 
 from train import outputs
 
@@ -67,7 +68,7 @@ def run(command: Command, *, log: Path | None = None) -> int:
     it, even ranks in sessions of their own whose launcher was killed; and it ends when this process is killed.
 
     Returns:
-        The program's exit status, or 128 + N when signal N ended it, as shells have it.
+        The program's exit status, or 128 + N when signal N ended it or was passed on to it, as shells have it.
     """
     for file, text in command.files.items():
         outputs.write_text(file, text)
@@ -83,7 +84,10 @@ def run(command: Command, *, log: Path | None = None) -> int:
         preexec_fn=_end_with_parent if sys.platform == "linux" else None,
     )
 
+    passed_on: list[int] = []
+
     def pass_on(number: int, _frame: FrameType | None) -> None:
+        passed_on.append(number)
         _signal_group(child, number)
         signal.setitimer(signal.ITIMER_REAL, _GRACE_S)
 
@@ -104,6 +108,8 @@ def run(command: Command, *, log: Path | None = None) -> int:
         for number, handler in previous.items():
             signal.signal(number, handler)
         _kill_marked(mark)
+    if passed_on and return_code != 0:  # torchrun and its like end with 1 then; the cause was ours
+        return 128 + passed_on[0]
     return return_code if return_code >= 0 else 128 - return_code
 
 
@@ -138,7 +144,7 @@ def _copy_output(child: subprocess.Popen[bytes], log: Path | None, mark: str) ->
     """Copies until nobody holds the pipe any more. Once the program has ended, what it left behind is ended too."""
     assert child.stdout is not None
     with contextlib.ExitStack() as stack:
-        sinks = [sys.stdout.buffer if hasattr(sys.stdout, "buffer") else None]
+        sinks: list[BinaryIO] = [sys.stdout.buffer]
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
             sinks.append(stack.enter_context(log.open("ab")))
@@ -153,12 +159,12 @@ def _copy_output(child: subprocess.Popen[bytes], log: Path | None, mark: str) ->
             chunk = os.read(child.stdout.fileno(), 65536)
             if not chunk:
                 return
-            for sink in sinks:
-                if sink is None:  # a test has replaced stdout by a text buffer
-                    sys.stdout.write(chunk.decode(errors="replace"))
-                else:
+            for sink in list(sinks):
+                try:
                     sink.write(chunk)
                     sink.flush()
+                except BrokenPipeError:  # nobody reads the terminal any more (| head): the run and its log go on
+                    sinks.remove(sink)
 
 
 def _kill_marked(mark: str) -> None:

@@ -3,6 +3,7 @@
 output_model_dir/
     checkpoint/JOB/global_stepN/     whole checkpoints; `latest` names the newest
     manifest/JOB.json                what ran, and what came out
+    recipe/JOB.identity.json         what a call must agree with to go on from the checkpoints
     recipe/JOB.yaml                  the resolved recipe: running that file again gives the same run
     metrics/JOB.jsonl                one JSON object per progress line
     deepspeed_config/JOB.json        rendered from the recipe
@@ -44,6 +45,15 @@ class RunFolder:
     @property
     def recipe(self) -> Path:
         return self.root / "recipe" / f"{self.job_name}.yaml"
+
+    @property
+    def identity(self) -> Path:
+        """What makes this run this run: another one does not go on from its checkpoints (`train.same_run`)."""
+        return self.root / "recipe" / f"{self.job_name}.identity.json"
+
+    @property
+    def lock(self) -> Path:
+        return self.root / "recipe" / f".{self.job_name}.lock"
 
     @property
     def metrics(self) -> Path:

@@ -4,8 +4,21 @@ from __future__ import annotations
 
 import pytest
 
+from train import process
 from train.cluster import allocation
 from train.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def four_gpus(monkeypatch):
+    """A machine whose nvidia-smi lists four GPUs, the first of them split in two."""
+    lines = [
+        "GPU 0: NVIDIA H200 (UUID: GPU-a)",
+        "  MIG 3g.71gb Device 0: (UUID: MIG-a)",
+        "  MIG 3g.71gb Device 1: (UUID: MIG-b)",
+    ]
+    lines += [f"GPU {number}: NVIDIA H200 (UUID: GPU-{number})" for number in (1, 2, 3)]
+    monkeypatch.setattr(process, "capture", lambda command: (0, "\n".join(lines)))
 
 
 def find(num_processes=0, device="auto", **environment):
@@ -23,6 +36,14 @@ def test_one_process_per_gpu_unless_asked_otherwise():
     assert find(2, CUDA_VISIBLE_DEVICES="0,1,3").processes_per_host == 2
     assert find(CUDA_VISIBLE_DEVICES="0,1").device == "cuda"
     assert find(device="cpu", CUDA_VISIBLE_DEVICES="0,1").device == "cpu"
+
+
+def test_a_gpu_is_counted_only_when_it_is_there(monkeypatch):
+    assert find().processes_per_host == 4
+    assert find(CUDA_VISIBLE_DEVICES="0,1,2,3,4,5").processes_per_host == 4
+    assert find(CUDA_VISIBLE_DEVICES="MIG-a,MIG-b,MIG-c").processes_per_host == 2
+    monkeypatch.setattr(process, "capture", lambda command: (127, "nvidia-smi: not found"))
+    assert find(CUDA_VISIBLE_DEVICES="0,1").device == "cpu"
 
 
 def test_more_processes_than_gpus_are_refused():

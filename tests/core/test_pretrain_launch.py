@@ -122,6 +122,19 @@ def test_a_named_engine_wins_or_says_why_not(a_checkout, no_checkout):
         choose.choose(recipe("--engine", "transformers", "--tensor_parallel_size", "2"), HERE)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--log_optimizer_state", "True"], "--log_optimizer_state needs --engine megatron-deepspeed"),
+        (["--rope_theta", "5e5"], "--rope_theta 500000: GPT-2 has learned positions"),
+    ],
+)
+def test_what_transformers_would_ignore_is_refused(words, message):
+    with pytest.raises(UserError, match=message):
+        choose.choose(recipe("--engine", "transformers", *words), HERE)
+    assert choose.choose(recipe("--engine", "transformers", "--architecture", "llama", "--rope_theta", "5e5"), HERE)
+
+
 def test_what_only_megatron_can_do_is_refused_without_it(no_checkout):
     with pytest.raises(UserError) as caught:
         choose.choose(recipe("--tensor_parallel_size", "2"), HERE)

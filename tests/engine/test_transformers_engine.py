@@ -158,9 +158,11 @@ def test_two_ranks_learn_what_one_does(whole_run, pretrain, tmp_path, flags):
     assert two == pytest.approx(one, rel=2e-4)
     assert weights(tmp_path, 8).keys() >= weights(whole_run, 8).keys()  # DeepSpeed writes the tied head out again
     if flags["zero_stage"] == 3:
-        wrong = pretrain(tmp_path, num_processes=1, micro_batch_size=1, train_tokens=2048, **flags)
+        wrong = pretrain(
+            tmp_path, num_processes=1, micro_batch_size=1, train_tokens=2048, lr_decay_tokens=1024, **flags
+        )
         assert wrong.returncode == 2
-        assert "was saved by 2 ranks under ZeRO and cannot go on with 1" in wrong.stderr
+        assert "processes: 2 there, 1 now" in wrong.stderr
 
 
 @pytest.mark.parametrize(
@@ -203,7 +205,89 @@ def test_a_loss_that_is_no_number_stops_the_run_with_its_own_code(pretrain, tmp_
 def test_another_model_does_not_go_on_from_these_checkpoints(whole_run, pretrain):
     done = pretrain(whole_run, hidden_size=64)
     assert done.returncode == 2
-    assert "holds another model (hidden_size 32 there, 64 now" in done.stderr
+    assert (
+        "holds another run (model ffn_hidden_size: 128 there, 256 now; model hidden_size: 32 there, 64 now)"
+        in done.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "difference"),
+    [
+        ({"weight_decay": 0.9}, "training weight_decay: 0.1 there, 0.9 now"),
+        ({"zero_stage": 1}, "zero_stage: 0 there, 1 now"),
+        ({"global_batch_size": 8}, "training global_batch_size: 4 there, 8 now"),
+        ({"train_tokens": 2048}, "training lr_decay_tokens: 1024 there, 2048 now"),
+        ({"train_tokens": 512}, "is beyond the 4 steps of --train_tokens 512"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_run_does_not_go_on_as_another_one(whole_run, pretrain, flags, difference):
+    """Its manifest would tell of a training that never was."""
+    before = (whole_run / "manifest" / "tiny.json").read_text()
+    done = pretrain(whole_run, **flags)
+    assert done.returncode == 2, done.stdout
+    assert difference in done.stderr
+    assert (whole_run / "manifest" / "tiny.json").read_text() == before
+
+
+def test_more_tokens_under_the_same_decay_go_on(pretrain, tmp_path):
+    """And the manifest tells of both parts; what is not part of a run's identity may change."""
+    assert pretrain(tmp_path, train_tokens=512, lr_decay_tokens=1024).returncode == 0
+    done = pretrain(tmp_path, train_tokens=1024, lr_decay_tokens=1024, log_interval=2, save_interval=3, keep_last=2)
+    assert done.returncode == 0, done.stderr
+    assert "--train_tokens grows from 512 to 1,024" in done.stdout
+    assert sorted(losses(tmp_path)) == [1, 2, 3, 4, 6, 8]
+    assert json.loads((tmp_path / "manifest" / "tiny.json").read_text())["results"]["tokens"] == 1024
+
+
+def test_overwrite_takes_nothing_away_before_the_run_can_start(whole_run, pretrain):
+    before = sorted(file.name for file in (whole_run / "checkpoint" / "tiny").iterdir())
+    assert pretrain(whole_run, overwrite="True", precision="fp16").returncode == 2
+    assert sorted(file.name for file in (whole_run / "checkpoint" / "tiny").iterdir()) == before
+    assert (whole_run / "manifest" / "tiny.json").exists()
+
+
+def test_a_killed_rank_is_no_interruption(corpus, tmp_path, project_root):
+    """SIGKILL of one rank of two, as out-of-memory does: exit code 1, not the 130 that schedulers try again."""
+    script = str(project_root / "scripts/step2_pretrain_model/pretrain.py")
+    words = arguments(corpus, tmp_path, train_tokens="10M", num_processes=2, micro_batch_size=1)
+    running = subprocess.Popen(
+        [sys.executable, script, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "metrics" / "tiny.jsonl").exists():
+        assert running.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    found = subprocess.run(
+        ["pgrep", "-f", f"worker --recipe {tmp_path}"], capture_output=True, text=True, check=True
+    ).stdout.split()
+    ranks = [pid for pid in found if b"torch.distributed.run" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(ranks) == 2
+    subprocess.run(["kill", "-KILL", ranks[-1]], check=True)
+    assert running.wait(timeout=90) == 1
+    assert "broke off" in running.stderr.read()
+
+
+def test_two_launches_of_one_run_do_not_meet(corpus, tmp_path, project_root, pretrain):
+    script = str(project_root / "scripts/step2_pretrain_model/pretrain.py")
+    running = subprocess.Popen(
+        [sys.executable, script, *arguments(corpus, tmp_path, train_tokens="10M")], stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "metrics" / "tiny.jsonl").exists():
+        assert running.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    second = pretrain(tmp_path, train_tokens="10M")
+    running.send_signal(signal.SIGTERM)
+    assert running.wait(timeout=60) == 130
+    assert second.returncode == 2 and "is being made by another process" in second.stderr
+
+
+def test_the_saved_recipe_gives_the_same_run_from_any_folder(whole_run, launch, tmp_path):
+    again = launch("step2_pretrain_model/pretrain.py", "--recipe", whole_run / "recipe" / "tiny.yaml", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "nothing to do" in again.stdout
 
 
 def test_ctrl_c_ends_it_with_130(corpus, tmp_path, project_root):

@@ -75,9 +75,15 @@ def find(*, num_processes: int, device: str, environment: Mapping[str, str] | No
 
 
 def count_gpus(variables: Mapping[str, str]) -> int:
-    """GPUs this process may use: CUDA_VISIBLE_DEVICES when set, else what nvidia-smi lists."""
+    """GPUs this process may use: what nvidia-smi lists, at most as many as CUDA_VISIBLE_DEVICES names."""
     visible = variables.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([device for device in visible.split(",") if device.strip() and device.strip() != "-1"])
+    chosen = None if visible is None else [word for word in visible.split(",") if word.strip() not in ("", "-1")]
+    if chosen == []:
+        return 0
     status, text = process.capture(process.Command(("nvidia-smi", "--list-gpus")))
-    return len([line for line in text.splitlines() if line.startswith("GPU ")]) if status == 0 else 0
+    if status != 0:
+        return 0
+    # a device that is split into MIG instances shows each of them on a line of its own
+    kind = "MIG " if chosen and chosen[0].strip().startswith("MIG") else "GPU "
+    present = sum(line.strip().startswith(kind) for line in text.splitlines())
+    return present if chosen is None else min(len(chosen), present)

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from train import outputs
+
 
 class Progress:
     """Shows and keeps the progress of one run; only the first rank has one.
@@ -52,7 +54,8 @@ class Progress:
         perplexity = math.exp(loss) if loss < 700 else math.inf
         print(f"step {step:,}: held-out loss {loss:.4f}, perplexity {perplexity:,.2f}", flush=True)
         tokens = step * self._tokens_per_step
-        self._write({"step": step, "tokens": tokens, "eval_loss": loss, "eval_perplexity": perplexity})
+        finite = perplexity if math.isfinite(perplexity) else None  # JSON has no infinity
+        self._write({"step": step, "tokens": tokens, "eval_loss": loss, "eval_perplexity": finite})
         self._last_time = time.monotonic()  # an evaluation's time is not training's
 
     def pause(self) -> None:
@@ -70,7 +73,7 @@ def cut_after(metrics: Path, step: int) -> None:
         return
     lines = [line for line in metrics.read_text(encoding="utf-8").split("\n")[:-1] if line]
     kept = [line for line in lines if json.loads(line)["step"] <= step]
-    metrics.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    outputs.write_text(metrics, "".join(line + "\n" for line in kept))
 
 
 def duration(seconds: float) -> str:

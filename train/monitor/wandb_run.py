@@ -78,6 +78,6 @@ def choose_mode(home: Path | None = None) -> tuple[str, str]:
     try:
         if netrc.netrc(str(file)).authenticators(host) is not None:
             return "online", f"logged in to {host}"
-    except (FileNotFoundError, netrc.NetrcParseError):
+    except (OSError, netrc.NetrcParseError):  # none, or not ours to read
         pass
     return "offline", f"no login for {host}; 'wandb login', or 'wandb sync' the run later"
