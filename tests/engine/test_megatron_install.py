@@ -81,6 +81,27 @@ def test_unknown_ref_leaves_nothing(repository: Path, own_cache: Path) -> None:
     assert list(own_cache.iterdir()) == []
 
 
+@pytest.mark.parametrize("password", ["t0ken", "t0/k?e#n", "t0%2Fken", "t0'ken@x"])
+def test_credentials_in_the_url_are_never_shown(
+    password: str, own_cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = f"http://us3r:{password}@127.0.0.1:9/team/x.git"  # nobody listens on the discard port
+    assert install.install(InstallSettings(repository=url, dry_run=True)) == 0
+    with pytest.raises(
+        UserError, match=r"could not be cloned from http://\*\*\*@127\.0\.0\.1:9/team/x\.git: "
+    ) as error:
+        install.clone(url, "v1", checkout.folder_for("v1"), timeout_s=60)
+    shown = capsys.readouterr().out
+    assert "http://***@127.0.0.1:9/team/x.git" in shown
+    for secret in ("us3r", "t0", "ken"):
+        assert secret not in shown and secret not in str(error.value), str(error.value)
+
+
+def test_a_url_without_credentials_is_shown_as_it_is() -> None:
+    for text in ("https://example.org/team/x.git", "git@example.org:team/x.git", "/a folder/with@sign"):
+        assert install.without_credentials(text) == text
+
+
 def test_a_server_that_says_nothing_is_given_up(own_cache: Path) -> None:
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/x.git"

@@ -50,7 +50,7 @@ def install(settings: InstallSettings) -> int:
     """
     folder = checkout.folder_for(settings.ref)
     if settings.dry_run:
-        for command in clone_commands(settings.repository, settings.ref, folder):
+        for command in clone_commands(without_credentials(settings.repository), settings.ref, folder):
             print(command.text())
         print(compile_command(folder).text())
         print(smoke_command(folder).text())
@@ -119,12 +119,20 @@ def clone(repository: str, ref: str, folder: Path, *, timeout_s: float) -> None:
         for command in clone_commands(repository, ref, unfinished):
             code, text = process.capture(command, timeout_s=timeout_s)
             if code != 0:
-                said = " ".join(text.split()) or f"git exited with {code}"
+                said = without_credentials(" ".join(text.split())) or f"git exited with {code}"
                 raise UserError(
-                    f"{ref} could not be cloned from {repository}: {said}. Check the ref and the network; without "
-                    "a network, name a local clone: "
+                    f"{ref} could not be cloned from {without_credentials(repository)}: {said}. Check the ref and the"
+                    " network; without a network, name a local clone: "
                     f"{checkout.INSTALL_COMMAND} --repository /path/to/Megatron-DeepSpeed"
                 )
+
+
+def without_credentials(text: str) -> str:
+    """`text` with `***` for what stands before the `@` in each of its URLs: users, passwords, tokens.
+
+    Not by urllib.parse, which takes a password with an unquoted `/`, `?` or `#` in it for a path, and would show it.
+    """
+    return re.sub(r"://\S*@", "://***@", text)
 
 
 def compile_command(folder: Path) -> process.Command:
