@@ -174,6 +174,8 @@ def test_layout_is_an_equation() -> None:
         ({"precision": "bf16"}, 1, "--precision bf16 --zero_stage 0"),
         ({"precision": "fp16", "zero_stage": 1}, 1, "--precision fp16: on a CPU"),
         ({"dropout": 0.1}, 1, "--dropout 0.1: on a CPU"),
+        ({"attention": "eager"}, 1, "--attention eager: only --engine transformers"),
+        ({"rope_theta": 5e5}, 1, "--rope_theta 500000: GPT-2 has learned positions"),
         ({"architecture": "llama"}, 1, "--architecture llama: this engine trains gpt2"),
     ],
 )

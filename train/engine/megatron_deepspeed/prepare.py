@@ -14,7 +14,7 @@ from train.engine.megatron_deepspeed.arguments import megatron_arguments
 from train.engine.megatron_deepspeed.deepspeed_config import deepspeed_config
 from train.errors import UserError, refuse
 from train.process import Command
-from train.recipe import PretrainRecipe
+from train.recipe import ModelSettings, ParallelSettings, PretrainRecipe
 from train.run_folder import RunFolder
 
 
@@ -101,6 +101,10 @@ def problems(recipe: PretrainRecipe, allocation: Allocation) -> list[str]:
         found.append(f"--zero_stage {parallel.zero_stage}: this engine runs 0 or 1 here.")
     if parallel.offload != "none":
         found.append(f"--offload {parallel.offload}: only --engine transformers offloads.")
+    if parallel.attention != ParallelSettings.attention:
+        found.append(f"--attention {parallel.attention}: only --engine transformers has a choice of attention kernels.")
+    if model.architecture == "gpt2" and model.rope_theta != ModelSettings.rope_theta:
+        found.append(f"--rope_theta {model.rope_theta:g}: GPT-2 has learned positions, not rotary ones; leave it out.")
     if parallel.torch_compile:
         found.append("--torch_compile: only --engine transformers compiles the model.")
     if training.precision == "bf16" and parallel.zero_stage == 0:

@@ -12,7 +12,7 @@ from train.cluster.allocation import Allocation
 from train.engine.transformers.deepspeed_config import deepspeed_config
 from train.errors import refuse
 from train.process import Command
-from train.recipe import PretrainRecipe
+from train.recipe import ModelSettings, PretrainRecipe
 from train.run_folder import RunFolder
 
 
@@ -54,7 +54,7 @@ def layout(recipe: PretrainRecipe, allocation: Allocation) -> str:
 
 def problems(recipe: PretrainRecipe, allocation: Allocation) -> list[str]:
     """What this engine cannot do, and what does not fit between batch and ranks; empty when all does."""
-    training, parallel = recipe.training, recipe.parallel
+    model, training, parallel = recipe.model, recipe.training, recipe.parallel
     found = [
         f"--{name} {getattr(parallel, name)} needs --engine megatron-deepspeed."
         for name in ("tensor_parallel_size", "pipeline_parallel_size")
@@ -65,6 +65,10 @@ def problems(recipe: PretrainRecipe, allocation: Allocation) -> list[str]:
         for name in ("no_pipeline_parallel", "sequence_parallel")
         if getattr(parallel, name)
     ]
+    if recipe.logging.log_optimizer_state:
+        found.append("--log_optimizer_state needs --engine megatron-deepspeed.")
+    if model.architecture == "gpt2" and model.rope_theta != ModelSettings.rope_theta:
+        found.append(f"--rope_theta {model.rope_theta:g}: GPT-2 has learned positions, not rotary ones; leave it out.")
     if allocation.device == "cpu" and training.precision == "fp16":
         found.append("--precision fp16: on a CPU use fp32 or bf16.")
     if parallel.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
