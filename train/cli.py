@@ -6,6 +6,7 @@ return cli.run(UploadSettings, upload, argv, description=__doc__, example="...")
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -56,11 +57,30 @@ def run(
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except OSError as error:
-        if error.errno not in _USER_ERRNOS:
+        message = user_message(error)
+        if message is None:
             raise
-        name = f"{error.filename}: " if error.filename else ""
-        print_problems((f"{name}{_USER_ERRNOS[error.errno]}",))
+        print_problems((message,))
         return EXIT_USER
+
+
+def user_message(error: BaseException) -> str | None:
+    """What to tell of an error that the user can mend (no space, no permission, a wrong path); None of any other.
+
+    A full disk is also found behind an error of a library's own: torch raises a RuntimeError after the OSError,
+    safetensors one that only quotes it.
+    """
+    if isinstance(error, OSError) and error.errno in _USER_ERRNOS:
+        name = f"{error.filename}: " if error.filename else ""
+        return f"{name}{_USER_ERRNOS[error.errno]}"
+    behind: BaseException | None = error
+    while behind is not None:
+        if isinstance(behind, OSError) and behind.errno in (errno.ENOSPC, errno.EDQUOT):
+            return user_message(behind)
+        if os.strerror(errno.ENOSPC) in str(behind):
+            return _USER_ERRNOS[errno.ENOSPC]
+        behind = behind.__cause__ or behind.__context__
+    return None
 
 
 def print_problems(problems: Sequence[str]) -> None:

@@ -84,6 +84,84 @@ def test_a_record_that_still_holds_is_kept_when_the_source_is_gone(converted: Pa
     assert (converted / "verification.json").read_text() == before
 
 
+def change_the_activation(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    assert config["hidden_act"] == "silu"
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_act": "relu"}, indent=2))
+
+
+def test_what_was_proven_stays_when_the_checkpoint_is_gone(
+    converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = verification.require(converted)
+    shutil.rmtree(tmp_path / "run")
+    assert verify_folder(settings_for(converted)) == 0
+    assert "the former proof of weights and logits stands" in capsys.readouterr().out
+    after = verification.require(converted)
+    assert (after["weights"], after["logits"]) == (before["weights"], before["logits"])
+    assert after["logits"]["relative_difference"] <= 1e-5
+    assert after["tokenizer"]["mismatches"] == 0
+
+
+def test_a_tokenizer_proven_on_fewer_texts_does_not_replace_the_proof(converted: Path) -> None:
+    file = converted / "verification.json"
+    record = json.loads(file.read_text())
+    record["tokenizer"] |= {"texts": 10**6, "texts_from": "the run's data, gone since"}
+    file.write_text(json.dumps(record))
+    assert verify_folder(settings_for(converted)) == 0
+    assert verification.require(converted)["tokenizer"] == record["tokenizer"]
+
+
+def test_lost_golden_logits_do_not_take_the_proof_away(converted: Path, tmp_path: Path) -> None:
+    (next((tmp_path / "run").rglob("golden_logits.safetensors"))).unlink()
+    before = verification.require(converted)["logits"]
+    assert verify_folder(settings_for(converted)) == 0
+    assert verification.require(converted)["logits"] == before
+    change_the_activation(converted)
+    with pytest.raises(VerificationError, match=r"has no golden_logits\.safetensors, so nothing can prove the change"):
+        verify_folder(settings_for(converted))
+
+
+@pytest.mark.parametrize("is_gone", [True, False])
+def test_another_activation_is_not_verified(converted: Path, tmp_path: Path, is_gone: bool) -> None:
+    if is_gone:
+        shutil.rmtree(tmp_path / "run")
+    before = (converted / "verification.json").read_text()
+    change_the_activation(converted)
+    message = "pass --input_model_dir" if is_gone else "the logits differ"
+    with pytest.raises(VerificationError, match=message) as refusal:
+        verify_folder(settings_for(converted))
+    assert refusal.value.exit_code == 3
+    assert (converted / "verification.json").read_text() == before
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "chat_template.jinja"])
+def test_without_the_checkpoint_no_changed_file_is_verified(converted: Path, tmp_path: Path, name: str) -> None:
+    shutil.rmtree(tmp_path / "run")
+    with (converted / name).open("a") as file:
+        file.write("\n")
+    with pytest.raises(VerificationError, match=f"{name} (changed|came) after the verification"):
+        verify_folder(settings_for(converted))
+
+
+def test_a_changed_tokenizer_needs_the_one_it_was_compared_with(converted: Path, tmp_path: Path) -> None:
+    manifest_file = converted / "manifest.json"
+    record = json.loads(manifest_file.read_text())
+    record["settings"]["input_tokenizer_file"] = str(tmp_path / "gone.model")
+    manifest_file.write_text(json.dumps(record))
+    with (converted / "tokenizer.json").open("a") as file:
+        file.write("\n")
+    with pytest.raises(VerificationError, match="pass --input_tokenizer_file"):
+        verify_folder(settings_for(converted))
+
+
+def test_a_change_that_can_be_proven_is_verified_again(converted: Path) -> None:
+    with (converted / "config.json").open("a") as file:
+        file.write("\n")
+    assert verify_folder(settings_for(converted)) == 0
+    assert verification.require(converted)["logits"]["relative_difference"] <= 1e-5
+
+
 def test_changes_are_told_by_name(converted: Path) -> None:
     record = verification.require(converted)
     (converted / "chat_template.jinja").write_text("{{ messages }}")

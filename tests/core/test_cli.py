@@ -51,6 +51,28 @@ def test_what_the_user_can_mend_is_one_message_and_a_code(error, code, text, cap
     assert text in capsys.readouterr().err
 
 
+def behind(error: BaseException, cause: BaseException) -> BaseException:
+    error.__context__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "full", "/data/x"), "/data/x: no space left"),
+        (behind(RuntimeError("unexpected pos 64 vs 0"), OSError(errno.ENOSPC, "full")), "no space left"),
+        (behind(RuntimeError("stream"), behind(ValueError("x"), OSError(errno.EDQUOT, "quota"))), "the disk quota"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "no space left"),
+        (RuntimeError("shapes differ"), None),
+        (OSError(errno.EIO, "bad disk"), None),
+        (behind(RuntimeError("ours"), FileNotFoundError(errno.ENOENT, "none", "x")), None),
+    ],
+)
+def test_what_the_user_can_mend_is_told_of_library_errors_too(error, message):
+    told = cli.user_message(error)
+    assert (told is None) if message is None else told.startswith(message)
+
+
 def test_our_own_mistakes_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
         run(fails_with(ZeroDivisionError()))

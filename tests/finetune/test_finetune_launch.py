@@ -35,6 +35,10 @@ BAD_SETTINGS = [
     ({"load_in_8bit": True}, "--load_in_8bit: 8-bit loading is not in this version"),
     ({"load_in_4bit": True}, "--load_in_4bit: 4-bit loading is not in this version"),
     ({"peft_lora_r": 8}, "--peft_lora_r: LoRA is not in this version"),
+    ({"peft_lora_r": 0}, "--peft_lora_r: LoRA is not in this version"),
+    ({"peft_lora_dropout": 0}, "--peft_lora_dropout: LoRA is not in this version"),
+    ({"peft_target_model": ""}, "--peft_target_model: LoRA is not in this version"),
+    ({"eval_steps": 5}, "--eval_steps 5 has no effect without --eval_data_files"),
     ({"per_device_train_batch_size": 0}, "--per_device_train_batch_size 0: it must be at least 1"),
     ({"save_steps": -1}, "--save_steps -1: it must not be negative"),
     ({"max_seq_length": 1}, "--max_seq_length 1: it must be at least 2"),
@@ -96,6 +100,10 @@ BAD_INPUTS: list[tuple[Callable[[Path, Path], dict[str, Any]], str]] = [
     (lambda tmp, base: {"deepspeed": tmp / "none.json"}, "cannot be read"),
     (lambda tmp, base: {"deepspeed": _write(tmp / "d.json", "{")}, "is not JSON"),
     (lambda tmp, base: {"deepspeed": _write(tmp / "d.json", "[]")}, "holds no JSON object"),
+    (
+        lambda tmp, base: {"deepspeed": _write(tmp / "d.json", '{"zero_optimization": true}')},
+        "zero_optimization is no JSON object",
+    ),
     (lambda tmp, base: {"output_dir": _write(tmp / "o", "x")}, "is a file, a folder name was expected"),
     (lambda tmp, base: {"output_dir": base}, "exists already: pass --overwrite"),
     (lambda tmp, base: {"max_seq_length": 129}, "--max_seq_length 129: the model has 128 positions"),
@@ -210,6 +218,21 @@ def test_an_unfinished_run_with_other_settings_is_not_continued(
     assert "learning_rate (5e-05, now 0.001)" in told and "processes (1, now 2)" in told and "--resume never" in told
     assert call(*argv(files, learning_rate=1e-3, resume="never")) == 1
     assert not files["output_dir"].exists()
+
+
+def test_an_edited_deepspeed_file_is_another_input(
+    files: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch.process, "run", lambda command, *, log: 1)
+    own = _write(tmp_path / "ds.json", '{"zero_optimization": {"stage": 2}}')
+    assert call(*argv(files, deepspeed=own)) == 1
+    folder = launch.FinetuneFolder(files["output_dir"])
+    assert folder.deepspeed_config.read_text() == own.read_text()  # what the ranks read, and what is handed over
+    assert f"deepspeed_config: {folder.deepspeed_config}" in folder.plan.read_text()
+    capsys.readouterr()
+    own.write_text('{"zero_optimization": {"stage": 3}}')
+    assert call(*argv(files, deepspeed=own)) == 2
+    assert "unfinished run that differs in inputs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("recipe", sorted(file.stem for file in (SCRIPTS / "recipes").glob("*.yaml")))

@@ -68,6 +68,7 @@ def test_one_process_from_data_to_answers(
     results = json.loads((out / "manifest.json").read_text())["results"]
     assert results["last_loss"] < 0.1 < 5 < results["first_loss"]
     assert results["eval_loss"] < 0.1 < 5 < results["first_eval_loss"]
+    assert results["base_model_on_hub"] is False
     assert results["examples"]["examples"] == 12 and results["steps"] == 300
     assert [record["step"] for record in results["lineage"]] == ["convert_model"]
     inputs = [Path(item["path"]) for item in json.loads((out / "manifest.json").read_text())["inputs"]]
@@ -186,6 +187,17 @@ def test_what_was_saved_differently_is_not_handed_over(
     assert not files["output_dir"].exists()
 
 
+def test_a_full_disk_is_one_message(
+    files: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = "import errno; raise OSError(errno.ENOSPC, 'No space left on device', 'model.safetensors')"
+    monkeypatch.setattr(launch, "build_command", _failing_at(2, full))
+    assert call(*argv(files)) == 2
+    told = capsys.readouterr()
+    assert "error: model.safetensors: no space left: free some" in told.err
+    assert "Traceback" not in told.out + told.err
+
+
 def test_packing_truncation_and_added_tokens(files: dict[str, Any]) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -218,6 +230,19 @@ def test_zero_3_on_two_processes_trains_what_one_process_trains(
     assert len(list(AutoModelForCausalLM.from_pretrained(out).parameters())) == 21
     single, gathered = _weights(tmp_path / "one"), _weights(out)
     assert all(gathered[name].allclose(single[name], atol=1e-3) for name in single)
+
+
+def test_a_deepspeed_file_of_ones_own(files: dict[str, Any], tmp_path: Path) -> None:
+    from train.finetune import deepspeed_config
+
+    own = tmp_path / "ds.json"
+    own.write_text(json.dumps(deepspeed_config.build(2, device="cpu")))
+    assert call(*argv(files, deepspeed=own, max_steps=1)) == 0
+    out = files["output_dir"]
+    record = json.loads((out / "manifest.json").read_text())
+    assert record["results"]["layout"]["zero_stage"] == 2
+    assert str(own) in [item["path"] for item in record["inputs"]]
+    assert (out / "deepspeed_config.json").read_text() == own.read_text()
 
 
 def test_the_seeds_command_under_zero_3(base_model: Path, question_file: Path, tmp_path: Path) -> None:

@@ -75,13 +75,14 @@ def test_the_card_is_the_same_every_time(model_folder: Path) -> None:
     assert model_card(model_folder, repository="a/b") == model_card(model_folder, repository="a/b")
 
 
-def finetuned(folder: Path, base: str, inputs: tuple[Path, ...] = ()) -> None:
+def finetuned(folder: Path, base: str, inputs: tuple[Path, ...] = (), *, is_on_hub: bool | None = None) -> None:
+    origin = {"base_model": base} | ({} if is_on_hub is None else {"base_model_on_hub": is_on_hub})
     manifest.write(
         folder / "manifest.json",
         step="finetune_model",
         settings={"model_name_or_path": base},
         inputs=inputs,
-        results={"examples": 77, "last_loss": 1.5, "loss_curve": [[1, 2.0], [2, 1.5]]},
+        results=origin | {"examples": 77, "last_loss": 1.5, "loss_curve": [[1, 2.0], [2, 1.5]]},
         started=time.time(),
     )
 
@@ -89,7 +90,7 @@ def finetuned(folder: Path, base: str, inputs: tuple[Path, ...] = ()) -> None:
 def test_a_finetuned_models_card_follows_its_base_folder(
     model_folder: Path, model_folder_of_session: Path, tmp_path: Path
 ) -> None:
-    finetuned(model_folder, str(model_folder_of_session))
+    finetuned(model_folder, str(model_folder_of_session), (model_folder_of_session / "config.json",), is_on_hub=False)
     card = model_card(model_folder, repository="me/chat")
     assert "| examples | 77 |" in card
     assert "| documents | 4,321 |" in card  # of the base model's data
@@ -99,10 +100,36 @@ def test_a_finetuned_models_card_follows_its_base_folder(
 
 
 def test_a_base_model_of_the_hub_is_named(model_folder: Path) -> None:
-    finetuned(model_folder, "llm-jp/llm-jp-1.3b-v1.0")
+    finetuned(model_folder, "llm-jp/llm-jp-1.3b-v1.0", is_on_hub=True)
     card = model_card(model_folder, repository="me/chat")
     assert header(card)["base_model"] == "llm-jp/llm-jp-1.3b-v1.0"
     assert "finetuned from [llm-jp/llm-jp-1.3b-v1.0](https://huggingface.co/llm-jp/llm-jp-1.3b-v1.0)" in card
+    assert "| base model | llm-jp/llm-jp-1.3b-v1.0 |" in card
+
+
+@pytest.mark.parametrize("is_on_hub", [False, None])  # None: a manifest that does not say
+@pytest.mark.parametrize("base", ["secret/base", "./secret/base", "../secret dir/my base", "/secret/a dir/my base"])
+def test_a_base_folder_is_no_name_on_the_hub(
+    model_folder: Path, base: str, is_on_hub: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finetuned(model_folder, base, is_on_hub=is_on_hub)
+    monkeypatch.chdir(tmp_path)  # where that folder is not
+    card = model_card(model_folder, repository="me/chat")
+    assert "base_model" not in header(card)
+    assert "secret" not in card
+    assert "huggingface.co" not in card
+    assert f"| base model | {Path(base).name} |" in card
+
+
+def test_no_relative_path_is_in_the_card(model_folder: Path) -> None:
+    record = json.loads((model_folder / "manifest.json").read_text())
+    planted = {"checkpoint": "secret/run 1/global_step100", "parts": {"secret dir/corpus": "../secret/x y"}}
+    record["results"]["lineage"][0]["results"] |= planted
+    (model_folder / "manifest.json").write_text(json.dumps(record))
+    card = model_card(model_folder, repository="me/tiny")
+    assert "secret" not in card
+    assert "| checkpoint | global_step100 |" in card
+    assert "| parts: corpus | x y |" in card
 
 
 def test_the_manifests_of_inputs_are_followed(model_folder: Path, tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from train.errors import UserError
+from train.finetune import generate
 from train.hub import prompt
 
 
@@ -42,10 +44,28 @@ def test_a_chat_template_makes_the_prompt_a_users_turn(model_folder: Path, monke
     )
     (model_folder / "chat_template.jinja").write_text(template)
     seen: list[list[int]] = []
-    true_ids = prompt._input_ids
-    monkeypatch.setattr(prompt, "_input_ids", lambda *given: seen.append(true_ids(*given)) or seen[-1])
+    true_ids = generate.prompt_ids
+    monkeypatch.setattr(generate, "prompt_ids", lambda *a, **b: seen.append(true_ids(*a, **b)) or seen[-1])
     prompt.answer(model_folder, "Once upon")
     assert seen == [[12, 64, 65, 13]]
+
+
+def test_what_is_tested_is_what_users_get(model_folder: Path) -> None:
+    """An end token that only generation_config.json names ends the answer at both doors."""
+    always_says(model_folder, 10)
+    file = model_folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": [2, 10]}))
+    said = prompt.answer(model_folder, "Once upon")
+    settings = generate.GenerateSettings(str(model_folder), prompt="Once upon", max_new_tokens=50, device="cpu")
+    (users,) = generate.answers_of(model_folder, settings, ["Once upon"])
+    assert said == users.answer == "word5"
+    assert users.ended
+
+
+def test_a_prompt_without_tokens_is_refused(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "prompt_ids", lambda *_, **__: [])
+    with pytest.raises(UserError, match="prompt 1 has no tokens"):
+        prompt.answer(model_folder, "\u200b")
 
 
 def test_a_prompt_beyond_the_models_positions_is_refused(model_folder: Path) -> None:

@@ -326,3 +326,11 @@ def test_the_launchers_let_the_model_speak_and_upload(
     assert {name: hashlib.sha256(data).hexdigest() for name, data in stored.items()} == {
         name: entry["sha256"] for name, entry in record["files"].items()
     }
+
+
+def test_flags_that_only_an_upload_heeds_are_told(upload: Upload, tmp_path: Path) -> None:
+    arguments = ["--output_dir", str(tmp_path / "prepared"), "--dry_run"]
+    told = upload(*arguments, "--public", "--revision", "v2", "--commit_message", "Mine", token="").stdout
+    assert "note: --public, --revision, --commit_message had no effect: with --output_dir nothing is sent." in told
+    assert "note: --private had no effect" in upload(*arguments, "--private", token="").stdout
+    assert "had no effect" not in upload(*arguments, token="").stdout

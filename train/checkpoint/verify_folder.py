@@ -6,16 +6,22 @@ else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from train import manifest
 from train.checkpoint import convert, export, kind, lineage, parity_texts, verification
 from train.errors import UserError, VerificationError
 from train.settings import setting
 from train.tokenizer.convert import read_model
+
+if TYPE_CHECKING:
+    from train.checkpoint.verify import Source
+
+_PARTS = ("weights", "logits", "tokenizer")  # what is compared with a source; the configuration, with the tokenizer
+_CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -45,12 +51,14 @@ class VerifySettings:
 def verify_folder(settings: VerifySettings) -> int:
     """Verifies the folder and records it.
 
-    With no source to be found, a folder that never was verified is loaded, computed with and checked in itself, and
-    the record says that nothing was compared; one whose weights changed since their verification is refused.
+    A record never comes to prove less than before: of an unchanged folder, what cannot be compared again (its source
+    is gone) keeps its former proof; a changed one is refused unless all that was proven can be proven again. With no
+    source to be found, a folder that never was verified is loaded, computed with and checked in itself, and the
+    record says that nothing was compared.
 
     Raises:
         UserError: the folder or a named source is missing or cannot be read.
-        VerificationError: the folder differs from its source, or is broken.
+        VerificationError: the folder differs from its source, is broken, or changed and cannot be proven again.
     """
     folder = settings.input_tokenizer_and_model_dir
     if settings.dry_run:
@@ -61,18 +69,54 @@ def verify_folder(settings: VerifySettings) -> int:
     record = verification.read(folder)
     changed = list(verification.changes(folder, record)) if record is not None else []
     tokenizer_file, checkpoint_dir = _sources(settings)
-    if checkpoint_dir is None and any(".safetensors" in problem for problem in changed):
-        raise VerificationError([*changed, "The checkpoint it was made from is needed: pass --input_model_dir."])
+    if changed and checkpoint_dir is None:
+        raise VerificationError(
+            [*changed, "The checkpoint it was made from is needed to prove a change: pass --input_model_dir."]
+        )
     from train.checkpoint import verify
 
-    checks = verify.verify(folder, _source(folder, settings, tokenizer_file, checkpoint_dir))
+    source = _source(folder, settings, tokenizer_file, checkpoint_dir)
+    if record is not None and changed:
+        lost = list(_unprovable(record, source, changed))
+        if lost:
+            raise VerificationError([*changed, *lost])
+    checks = verify.verify(folder, source)
+    kept: list[str] = []
+    if record is not None and not changed and record.get("passed") is True:
+        kept = [part for part in _PARTS if _proves_less(checks[part], record.get(part) or {})]
+        checks |= {part: record[part] for part in kept}
     print(verify.summary(checks))
-    if record is None or changed or tokenizer_file is not None or checkpoint_dir is not None:
-        verification.write(folder, checks)
-        print(f"wrote {folder / verification.FILE_NAME}")
-    else:
+    if len(kept) == len(_PARTS):
         print(f"{folder / verification.FILE_NAME} stands: no file changed, and its source is gone.")
+        return 0
+    verification.write(folder, checks)
+    if kept:
+        print(f"no file changed: the former proof of {' and '.join(kept)} stands, as it could not be repeated")
+    print(f"wrote {folder / verification.FILE_NAME}")
     return 0
+
+
+def _unprovable(record: Mapping[str, Any], source: Source, changed: Sequence[str]) -> Iterator[str]:
+    """What a changed folder's record proves, or must prove, and the sources at hand cannot."""
+    has_other_config = any(f"{_CONFIG} " in problem for problem in changed)
+    if source.golden_logits is None and (has_other_config or _is_proven(record.get("logits") or {})):
+        yield (
+            f"The checkpoint has no {kind.GOLDEN_LOGITS}, so nothing can prove the change: pass the --input_model_dir "
+            "that the folder was made from, or convert it again."
+        )
+    if source.tokenizer_model is None and _is_proven(record.get("tokenizer") or {}):
+        yield "The SentencePiece model it was compared with is needed: pass --input_tokenizer_file."
+
+
+def _is_proven(part: Mapping[str, Any]) -> bool:
+    return "compared_with" in part and not str(part["compared_with"]).startswith("none")
+
+
+def _proves_less(part: Mapping[str, Any], former: Mapping[str, Any]) -> bool:
+    """Whether a check compared nothing where the former did or could say why not, or the tokenizer on fewer texts."""
+    if not _is_proven(part):
+        return "compared_with" in former
+    return _is_proven(former) and int(part.get("texts", 0)) < int(former.get("texts", 0))
 
 
 def _sources(settings: VerifySettings) -> tuple[Path | None, Path | None]:
@@ -92,7 +136,7 @@ def _sources(settings: VerifySettings) -> tuple[Path | None, Path | None]:
     return tokenizer_file, kind.resolve(model_dir)[0] if model_dir is not None else None
 
 
-def _source(folder: Path, settings: VerifySettings, tokenizer_file: Path | None, checkpoint_dir: Path | None) -> Any:
+def _source(folder: Path, settings: VerifySettings, tokenizer_file: Path | None, checkpoint_dir: Path | None) -> Source:
     from train.checkpoint import verify
     from train.checkpoint.transformers.export import read_config
 

@@ -75,12 +75,21 @@ def generate(settings: GenerateSettings) -> int:
 
 
 def answers(settings: GenerateSettings, prompts: Sequence[str]) -> Iterator[Answer]:
-    """Each prompt's answer.
+    """Each prompt's answer, of the model that `settings` name.
 
     Raises:
-        UserError: the model cannot be loaded, or a prompt leaves it no room to answer.
+        UserError: the model cannot be found or loaded, or a prompt leaves it no room to answer.
     """
     folder = inputs.find_model(settings.model_name_or_path, flag="--model_name_or_path")
+    yield from answers_of(folder, settings, prompts)
+
+
+def answers_of(folder: Path, settings: GenerateSettings, prompts: Sequence[str]) -> Iterator[Answer]:
+    """Each prompt's answer, of the model in `folder`. Uploads let a model speak with it too (`train.hub.prompt`).
+
+    Raises:
+        UserError: the model cannot be loaded, or a prompt is without tokens or leaves it no room to answer.
+    """
     import torch
     from transformers import set_seed
 
@@ -93,6 +102,8 @@ def answers(settings: GenerateSettings, prompts: Sequence[str]) -> Iterator[Answ
     ends = _end_ids(model.generation_config.eos_token_id, tokenizer.eos_token_id)
     for number, prompt in enumerate(prompts, start=1):
         ids = prompt_ids(tokenizer, prompt, raw=settings.raw)
+        if not ids:
+            raise UserError(f"prompt {number} has no tokens: ask something that the tokenizer can read.")
         if positions is not None and len(ids) >= positions:
             raise UserError(f"prompt {number} has {len(ids)} tokens, the model {positions} positions: shorten it.")
         room = settings.max_new_tokens if positions is None else min(settings.max_new_tokens, positions - len(ids))

@@ -47,12 +47,15 @@ class _Inputs:
     tokenizer_dir: Path
     data_files: tuple[Path, ...]
     eval_files: tuple[Path, ...]
+    deepspeed: Path | None
+    base_model_on_hub: bool
 
     def files(self) -> list[Path]:
         found = inputs.model_files(self.model_dir)
         if self.tokenizer_dir != self.model_dir:
             found += [self.tokenizer_dir / name for name in inputs.TOKENIZER_FILES]
-        return [file for file in [*found, *self.data_files, *self.eval_files] if file.is_file()]
+        found += [*self.data_files, *self.eval_files, *([self.deepspeed] if self.deepspeed is not None else [])]
+        return [file for file in found if file.is_file()]
 
 
 def finetune(settings: FinetuneSettings) -> int:
@@ -92,7 +95,7 @@ def finetune(settings: FinetuneSettings) -> int:
         checks = _prove(folder)
         folder.add_records()
         verification.write(folder.model_dir, checks)
-        results = _results(settings, found, where, account, eval_account, checks, folder.metrics)
+        results = _results(settings, found, where, account, eval_account, checks, folder)
         manifest.write(
             folder.model_dir / manifest.FILE_NAME,
             step=STEP,
@@ -156,13 +159,8 @@ def _layout(settings: FinetuneSettings, where: Allocation) -> str:
 
 
 def _deepspeed_file(settings: FinetuneSettings, folder: FinetuneFolder) -> Path | None:
-    return (
-        settings.deepspeed.absolute()
-        if settings.deepspeed
-        else folder.deepspeed_config
-        if settings.zero_stage
-        else None
-    )
+    """What the ranks read: made for --zero_stage, or a copy of --deepspeed, which may be edited in the meantime."""
+    return folder.deepspeed_config if settings.deepspeed is not None or settings.zero_stage else None
 
 
 def _find_inputs(settings: FinetuneSettings) -> _Inputs:
@@ -188,7 +186,8 @@ def _find_inputs(settings: FinetuneSettings) -> _Inputs:
     if settings.deepspeed is not None:
         problems.extend(_deepspeed_problems(settings.deepspeed))
     refuse(problems)
-    return _Inputs(model_dir, tokenizer_dir, data_files, eval_files)
+    is_on_hub = not Path(settings.model_name_or_path).is_dir()
+    return _Inputs(model_dir, tokenizer_dir, data_files, eval_files, settings.deepspeed, is_on_hub)
 
 
 def _deepspeed_problems(file: Path) -> Iterator[str]:
@@ -201,6 +200,8 @@ def _deepspeed_problems(file: Path) -> Iterator[str]:
     else:
         if not isinstance(config, dict):
             yield f"--deepspeed {file} holds no JSON object: name a DeepSpeed configuration, or use --zero_stage."
+        elif not isinstance(config.get("zero_optimization", {}), dict):
+            yield f'--deepspeed {file}: zero_optimization is no JSON object; state it as {{"stage": 2}}.'
 
 
 def _check_machine(settings: FinetuneSettings, where: Allocation) -> None:
@@ -316,6 +317,8 @@ def _prepare(
     if found.eval_files:
         eval_account = examples.prepare(tokenizer, found.eval_files, settings, folder.eval_examples)
         print(f"held out: {eval_account.summary()}")
+    if found.deepspeed is not None:
+        shutil.copyfile(found.deepspeed, folder.deepspeed_config)
     plan = Plan(
         finetune=_with_wandb_group(settings),
         model_dir=found.model_dir,
@@ -364,22 +367,23 @@ def _results(
     account: Account,
     eval_account: Account | None,
     checks: Mapping[str, Any],
-    metrics: Path,
+    folder: FinetuneFolder,
 ) -> dict[str, Any]:
     """The run in numbers, read from its own metrics."""
-    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    records = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
     curve = [[record["step"], record["loss"]] for record in records if "loss" in record]
     evaluations = [record for record in records if "eval_loss" in record]
     every = max(1, -(-len(curve) // _CURVE_POINTS))
     return {
         "method": "full",
         "base_model": settings.model_name_or_path,
+        "base_model_on_hub": found.base_model_on_hub,
         "examples": account.as_dict(),
         "eval_examples": eval_account.as_dict() if eval_account else None,
         "layout": {
             "world_size": where.world_size,
             "device": where.device,
-            "zero_stage": settings.zero_stage,
+            "zero_stage": _zero_stage(folder.deepspeed_config),
             "examples_per_step": settings.per_device_train_batch_size
             * settings.gradient_accumulation_steps
             * where.world_size,
@@ -395,3 +399,10 @@ def _results(
         "loss_curve": curve[::every] + ([curve[-1]] if (len(curve) - 1) % every else []),
         "lineage": lineage.trace(file for file in found.files() if file.name != manifest.FILE_NAME),
     }
+
+
+def _zero_stage(config: Path) -> int:
+    """The stage that a DeepSpeed configuration states; 0 without one."""
+    if not config.is_file():
+        return 0
+    return int(json.loads(config.read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage", 0))

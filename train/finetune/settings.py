@@ -113,7 +113,8 @@ class FinetuneSettings:
 
     def problems(self) -> Iterator[str]:
         for name, what in _NOT_YET.items():
-            if getattr(self, name):
+            value = getattr(self, name)
+            if value is not None and value is not False and value != ():  # a rank of 0 was given too
                 yield f"--{name}: {what} is not in this version, which finetunes all weights; leave the flag out."
         for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
@@ -137,6 +138,8 @@ class FinetuneSettings:
             yield "--fp16 needs a GPU: use --bf16, or neither, on a CPU."
         if self.deepspeed is not None and self.zero_stage:
             yield "--deepspeed and --zero_stage exclude each other: the file states its own stage."
+        if self.eval_steps and not self.eval_data_files:
+            yield f"--eval_steps {self.eval_steps} has no effect without --eval_data_files: add them."
         yield from self._template_problems()
         if not self.use_wandb:
             for name in ("wandb_entity", "wandb_project", "wandb_group", "wandb_tag"):

@@ -3,13 +3,12 @@
     text = model_card(folder, repository="USER/NAME", license="apache-2.0")
 
 No file paths are shown, only file names: a card is public, a cluster's folders are not. The text depends on the
-folder alone, so that the same folder gives the same card.
+folder alone, so that the same folder gives the same card wherever it is called from.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
@@ -45,7 +44,6 @@ _TRAINING_SETTINGS = (
     *("lr_decay_style", "lr_scheduler_type", "weight_decay", "precision", "seed"),
 )
 _CURVE_ROWS = 12
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def model_card(folder: Path, *, repository: str, license: str = "", base_model: str = "") -> str:
@@ -55,8 +53,8 @@ def model_card(folder: Path, *, repository: str, license: str = "", base_model: 
         folder: a verified model folder; its manifest.json, and the manifests that one leads to, are the source.
         repository: the name the model is loaded by.
         license: the Hub's licence identifier; no licence field when empty.
-        base_model: the base model's name on the Hub; when empty, what the finetuning's manifest names, if that is
-            a name on the Hub.
+        base_model: the base model's name on the Hub; when empty, what the finetuning's manifest names, if that
+            says that it came from the Hub.
 
     Raises:
         UserError: config.json or the verification's record is missing or damaged.
@@ -84,12 +82,8 @@ def _records(folder: Path) -> list[dict[str, Any]]:
     if not (folder / manifest.FILE_NAME).is_file():
         return []
     own = manifest.read(folder)
-    sources = lineage.input_files(own)
-    base = (own.get("settings") or {}).get("model_name_or_path")
-    if base and Path(base).is_dir():
-        sources.append(Path(base) / "config.json")
     found: dict[str, dict[str, Any]] = {}
-    for item in (own, *lineage.trace(sources)):
+    for item in (own, *lineage.trace(lineage.input_files(own))):
         carried = item["results"].get("lineage") if isinstance(item["results"], Mapping) else None
         for one in (item, *(carried or ())):
             found.setdefault(f"{one['step']} {one.get('finished_at')} {one.get('seconds')}", one)
@@ -106,9 +100,9 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _base_model(records: Iterable[Mapping[str, Any]]) -> str:
     for item in records:
-        name = str((item.get("settings") or {}).get("model_name_or_path") or "")
-        if str(item["step"]).startswith("finetune") and _HUB_NAME.fullmatch(name) and not Path(name).exists():
-            return name
+        if str(item["step"]).startswith("finetune"):  # the nearest: what that one started from is another matter
+            results = item["results"] if isinstance(item["results"], Mapping) else {}
+            return str(results["base_model"]) if results.get("base_model_on_hub") is True else ""
     return ""
 
 
@@ -161,9 +155,12 @@ def _chapter(title: str, record: Mapping[str, Any]) -> str:
 def _result_rows(results: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Numbers and names; lists are no table rows, and paths are nobody's business."""
     for key, value in results.items():
-        label = f"{prefix}{key.replace('_', ' ')}"
-        if key.endswith("sha256"):
-            continue  # of a file that is not in the repository
+        label = f"{prefix}{_shown(key).replace('_', ' ')}"
+        if key.endswith("sha256") or key == "base_model_on_hub":
+            continue  # of a file that is not in the repository; and what the header says
+        if key == "base_model" and results.get("base_model_on_hub") is True:
+            yield label, str(value)
+            continue
         if isinstance(value, Mapping):
             if not prefix:
                 yield from _result_rows(value, f"{label}: ")
@@ -186,8 +183,13 @@ def _shown(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:.6g}"
-    text = " ".join(PurePath(word).name or word if word.startswith("/") else word for word in str(value).split())
-    return text.replace("|", r"\|")
+    return _without_folders(str(value)).replace("|", r"\|")
+
+
+def _without_folders(text: str) -> str:
+    """The last name of what may be a path: absolute or relative, with blanks in it or without."""
+    text = " ".join(text.split())
+    return PurePath(text).name or text
 
 
 def _names(names: Sequence[str]) -> str:
@@ -217,8 +219,9 @@ def _verification_rows(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if "max_abs_difference" in weights:
         yield _against("weights", weights), f"largest difference {weights['max_abs_difference']:.3g}"
     if "relative_difference" in logits:
+        measure = str(logits["measure"]).replace("|", r"\|")
         figures = f"{logits['relative_difference']:.3g}, allowed {logits['tolerance']:.3g}"
-        yield _against("logits", logits), f"{figures} ({_shown(logits['measure'])})"
+        yield _against("logits", logits), f"{figures} ({measure})"
     if "mismatches" in tokenizer:
         figures = f"{tokenizer['mismatches']} mismatches in {tokenizer['texts']:,} texts"
         yield _against("tokenizer", tokenizer), figures

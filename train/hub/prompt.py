@@ -1,11 +1,11 @@
-"""Lets a model speak before it is published: a model that says nothing is not uploaded."""
+"""Lets a model speak before it is published, as generate.py lets it: a model that says nothing is not uploaded."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from train.errors import UserError
+from train.finetune.generate import GenerateSettings, answers_of
 from train.tokenizer.special_tokens import USER_DEFINED_SYMBOLS
 
 _NEW_TOKENS = 50
@@ -20,36 +20,14 @@ def answer(folder: Path, prompt: str) -> str:
         UserError: the prompt is too long, the model cannot be loaded, or it says nothing but special tokens and
             white space.
     """
-    import torch
-
-    from train.checkpoint.verify import load
-
-    model, tokenizer = load(folder)
-    input_ids = _input_ids(tokenizer, prompt)
-    room = _NEW_TOKENS
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None:
-        room = min(room, positions - len(input_ids))
-    if not input_ids or room < 1:
-        raise UserError(f"--test_prompt_text has {len(input_ids)} tokens, the model {positions} positions: shorten it.")
-    prompt_ids = torch.tensor([input_ids])
-    with torch.no_grad():
-        generated = model.float().generate(
-            prompt_ids, attention_mask=torch.ones_like(prompt_ids), max_new_tokens=room, do_sample=False
-        )
-    text = str(tokenizer.decode(generated[0, len(input_ids) :], skip_special_tokens=True))
-    for token in (*tokenizer.all_special_tokens, *USER_DEFINED_SYMBOLS):
-        text = text.replace(str(token), "")
+    settings = GenerateSettings(str(folder), prompt=prompt, max_new_tokens=_NEW_TOKENS, device="cpu")
+    (said,) = answers_of(folder, settings, [prompt])
+    text = said.answer
+    for token in USER_DEFINED_SYMBOLS:  # those that are no special tokens to transformers
+        text = text.replace(token, "")
     if not text.strip():
         raise UserError(
             f"the model in {folder} says nothing to --test_prompt_text {prompt!r}: it is not uploaded. Try another "
             "prompt, or train it longer."
         )
     return text
-
-
-def _input_ids(tokenizer: Any, prompt: str) -> list[int]:
-    if getattr(tokenizer, "chat_template", None):
-        messages = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return [int(number) for number in tokenizer(prompt, add_special_tokens=False)["input_ids"]]

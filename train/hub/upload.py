@@ -6,6 +6,7 @@ the model's own files go up, in one commit; blobs that an interrupted upload had
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 import time
@@ -70,6 +71,8 @@ def upload(settings: UploadSettings) -> int:
         UserError: the folder is not a proven model, the model says nothing, there is no token, or the Hub refuses.
     """
     folder = settings.input_tokenizer_and_model_dir
+    if settings.output_dir is not None and (idle := list(_for_the_hub_only(settings))):
+        print(f"note: {', '.join(idle)} had no effect: with --output_dir nothing is sent.")
     if settings.dry_run:
         _print_plan(settings)
         return 0
@@ -93,6 +96,14 @@ def upload(settings: UploadSettings) -> int:
     )
     print(f"uploaded {folder} to {url} ({visibility}, branch {settings.revision})")
     return 0
+
+
+def _for_the_hub_only(settings: UploadSettings) -> Iterator[str]:
+    """The flags given that only an upload heeds."""
+    defaults = {field.name: field.default for field in dataclasses.fields(settings)}
+    for name in ("private", "public", "revision", "commit_message"):
+        if getattr(settings, name) != defaults[name]:
+            yield f"--{name}"
 
 
 def _card(settings: UploadSettings, name: str) -> str:
