@@ -52,7 +52,7 @@ def pretrain(recipe: PretrainRecipe) -> int:
         engine, reason = _engine(recipe, allocation, run_folder)
         identity = _identity(recipe, engine, allocation, parts)
         if not recipe.overwrite:
-            check_resume(recipe, run_folder, identity)
+            check_resume(run_folder, identity)
         command = choose.engine(engine).prepare(recipe, allocation, run_folder)
         _announce(recipe, engine, reason, allocation, run_folder)
         _describe_blend(parts, recipe.training.train_tokens)
@@ -103,23 +103,17 @@ def check_data(recipe: PretrainRecipe) -> tuple[BlendPart, ...]:
     return parts
 
 
-def check_resume(recipe: PretrainRecipe, run_folder: RunFolder, identity: dict[str, Any]) -> None:
+def check_resume(run_folder: RunFolder, identity: dict[str, Any]) -> None:
     """Refuses to go on from the checkpoints of another run: its manifest would tell of a training that never was.
 
     What may change: intervals, logging, how many checkpoints are kept, and, with the transformers engine, a larger
     --train_tokens with the same --lr_decay_tokens.
     """
-    step = run_folder.latest_step()
-    if step is None:
+    if run_folder.latest_step() is None:
         return
     again = "use what it used, choose another --job_name, or --overwrite to start again"
     if not run_folder.identity.is_file():
         raise UserError(f"{run_folder.checkpoint_dir} holds checkpoints that no run here has begun: {again}.")
-    if step > recipe.train_steps:
-        raise UserError(
-            f"{run_folder.step_dir(step)} is beyond the {recipe.train_steps:,} steps of --train_tokens"
-            f" {recipe.training.train_tokens:,}: {again}."
-        )
     former = json.loads(run_folder.identity.read_text(encoding="utf-8"))
     found = []
     for path, before, now in same_run.differences(former, identity):

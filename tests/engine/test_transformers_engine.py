@@ -218,7 +218,7 @@ def test_another_model_does_not_go_on_from_these_checkpoints(whole_run, pretrain
         ({"zero_stage": 1}, "zero_stage: 0 there, 1 now"),
         ({"global_batch_size": 8}, "training global_batch_size: 4 there, 8 now"),
         ({"train_tokens": 2048}, "training lr_decay_tokens: 1024 there, 2048 now"),
-        ({"train_tokens": 512}, "is beyond the 4 steps of --train_tokens 512"),
+        ({"train_tokens": 512}, "training train_tokens: 1024 there, 512 now"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
