@@ -189,11 +189,6 @@ def to_yaml(settings: Any) -> str:
     return yaml.safe_dump(to_plain(settings), sort_keys=False, allow_unicode=True)
 
 
-def flag_names(cls: type) -> tuple[str, ...]:
-    """The names of all flags of a settings class, without dashes."""
-    return tuple(leaf.name for leaf in _leaves(cls))
-
-
 def find_recipe(name: str, recipe_dir: Path) -> Path:
     """The file that `--recipe NAME` means: a path, or a shipped recipe's name.
 

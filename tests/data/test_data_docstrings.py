@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from train.data import docstrings
-from train.data.conversations import docstring_conversations, split_held_out, summary_sentence
 from train.data.docstrings import docstring_documents
+from train.data.sample_conversations import docstring_conversations, split_held_out, summary_sentence
 from train.errors import UserError
 
 SCRIPT = "common/make_sample_data.py"

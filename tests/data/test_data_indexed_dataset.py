@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from data_samples import write_dataset
 
-from train.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, best_dtype, merge_datasets
+from train.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, best_dtype
 from train.errors import UserError
 
 DOCUMENTS = [[1, 2, 3], [], [4], [5, 6, 65499], []]
@@ -176,28 +176,6 @@ def test_uncounted_ends_of_documents_are_counted(tmp_path: Path) -> None:
     assert dataset.tokens(2, 2).tolist() == [65499, 9]
     with pytest.raises(IndexError):
         dataset.tokens(0, 0, 5)
-
-
-def test_merge_gives_all_documents_in_order(tmp_path: Path, prefix: Path) -> None:
-    other = uncounted(tmp_path, [[7], [8, 8]], end=9)
-    merge_datasets([other, prefix, other], tmp_path / "merged")
-    merged = IndexedDataset(tmp_path / "merged")
-    documents = [merged.document(n).tolist() for n in range(merged.document_count)]
-    assert documents == [[7, 9], [8, 8, 9], *DOCUMENTS, [7, 9], [8, 8, 9]]
-    assert merged.counts_end_of_document
-
-
-def test_merge_refusals(tmp_path: Path, prefix: Path) -> None:
-    with pytest.raises(UserError, match="nothing to merge"):
-        merge_datasets([], tmp_path / "merged")
-    wide = write_dataset(tmp_path / "wide", [[1]], np.int32)
-    with pytest.raises(UserError, match="holds int32 ids, the others uint16"):
-        merge_datasets([prefix, wide], tmp_path / "merged")
-    with pytest.raises(UserError, match="exists already"):
-        merge_datasets([prefix], wide)
-    assert not list(tmp_path.glob("*merged*"))
-    merge_datasets([prefix], wide, overwrite=True)
-    assert IndexedDataset(wide).document_count == 5
 
 
 def test_nothing_remains_of_a_write_that_failed(tmp_path: Path) -> None:

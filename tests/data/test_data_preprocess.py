@@ -174,6 +174,10 @@ def test_folder_refusals(tmp_path: Path, tiny_model: Path) -> None:
         ({"input_file_dir": Path("d")}, "belong together"),
         ({"input_file_dir": Path("d"), "output_file_dir": Path("o"), "input": ("a",)}, "not both"),
         ({"input": ("a",), "output_prefix": Path("p"), "workers": -1}, "--workers -1"),
+        (
+            {"input": ("a",), "output_prefix": Path("p"), "count_eod_in_index": True, "append_eod": False},
+            "there is no <EOD> to count",
+        ),
         ({"input": ("a",), "output_prefix": Path("p"), "json_key": ""}, "--json_key is empty"),
     ],
 )

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.checkpoint import kind
-from train.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,27 +60,13 @@ def export(checkpoint_dir: Path, output_dir: Path, *, vocab_size: int, model_max
     return result
 
 
-def weights(checkpoint_dir: Path, *, vocab_size: int) -> Iterator[tuple[str, Tensor]] | None:
-    """The checkpoint's tensors under their Hugging Face names, after the cut, one at a time.
-
-    Returns:
-        None when the engine's module cannot give them apart from an export.
-    """
-    module = _module(kind.detect(checkpoint_dir))
-    found: Iterator[tuple[str, Tensor]] | None = (
-        module.weights(checkpoint_dir, vocab_size=vocab_size) if hasattr(module, "weights") else None
+def weights(checkpoint_dir: Path, *, vocab_size: int) -> Iterator[tuple[str, Tensor]]:
+    """The checkpoint's tensors under their Hugging Face names, after the cut, one at a time."""
+    found: Iterator[tuple[str, Tensor]] = _module(kind.detect(checkpoint_dir)).weights(
+        checkpoint_dir, vocab_size=vocab_size
     )
     return found
 
 
 def _module(found: kind.Detection) -> Any:
-    name = _MODULES[found.kind]
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not name.startswith(error.name):
-            raise
-        raise UserError(
-            f"this is a checkpoint of Megatron-DeepSpeed ({found.reason}), which this version cannot read: "
-            "convert it with a version that has train/checkpoint/megatron/export.py."
-        ) from None
+    return importlib.import_module(_MODULES[found.kind])

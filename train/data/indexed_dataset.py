@@ -1,4 +1,4 @@
-"""Megatron's memory-mapped token files, `PREFIX.bin` and `PREFIX.idx`: reading, writing, merging.
+"""Megatron's memory-mapped token files, `PREFIX.bin` and `PREFIX.idx`: reading and writing.
 
     dataset = IndexedDataset(Path("data/wiki_text_document"))
     dataset.tokens(0)  # the first sequence's ids
@@ -42,7 +42,6 @@ from typing import IO, Any
 
 import numpy as np
 
-from train import outputs
 from train.errors import UserError, refuse
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -267,24 +266,6 @@ class IndexedDatasetWriter:
         self.token_count += part.stat().st_size // self.dtype.itemsize
         self._add_lengths(document_lengths)
 
-    def add_dataset(self, dataset: IndexedDataset) -> None:
-        """Appends a whole dataset of the same dtype.
-
-        Raises:
-            UserError: its ids are stored in another type.
-        """
-        if dataset.dtype != self.dtype:
-            raise UserError(
-                f"{dataset.prefix} holds {dataset.dtype} ids, the others {self.dtype}: preprocess it again."
-            )
-        with bin_file(dataset.prefix).open("rb") as stream:
-            shutil.copyfileobj(stream, self._bin, _COPY_BYTES)
-        self.token_count += dataset.token_count
-        self.sequence_count += dataset.sequence_count
-        self.document_count += dataset.document_count
-        _write_chunks(self._lengths, dataset.sequence_lengths, np.int32)
-        _write_chunks(self._documents, np.diff(dataset.document_index), np.int32)
-
     def _add_lengths(self, lengths: np.ndarray) -> None:
         present = lengths > 0
         self._lengths.write(lengths[present].astype(np.int32).tobytes())
@@ -312,24 +293,6 @@ class IndexedDatasetWriter:
                 _close_quietly(stream)
 
 
-def merge_datasets(prefixes: Sequence[Path], output_prefix: Path, *, overwrite: bool = False) -> None:
-    """Writes several datasets as one, in the order given. The new .idx counts end-of-document tokens.
-
-    Raises:
-        UserError: nothing to merge, a dataset that cannot be read, id types that differ, an existing output.
-    """
-    if not prefixes:
-        raise UserError("nothing to merge: name at least one dataset prefix.")
-    datasets = [IndexedDataset(prefix) for prefix in prefixes]
-    with (
-        outputs.new_file(idx_file(output_prefix), overwrite=overwrite) as index,
-        outputs.new_file(bin_file(output_prefix), overwrite=overwrite) as data,
-        IndexedDatasetWriter(data, index, datasets[0].dtype) as writer,
-    ):
-        for dataset in datasets:
-            writer.add_dataset(dataset)
-
-
 def _write_running_sum(target: IO[bytes], numbers: IO[bytes], factor: int, *, with_last: bool) -> None:
     """Writes, as int64, the sum of all int32 `numbers` before each one, times `factor`; `with_last` adds the total."""
     numbers.seek(0)
@@ -341,11 +304,6 @@ def _write_running_sum(target: IO[bytes], numbers: IO[bytes], factor: int, *, wi
         total += int(sums[-1])
     if with_last:
         target.write(struct.pack("<q", total * factor))
-
-
-def _write_chunks(target: IO[bytes], numbers: np.ndarray, dtype: type[np.generic]) -> None:
-    for start in range(0, len(numbers), _CHUNK):
-        target.write(numbers[start : start + _CHUNK].astype(dtype).tobytes())
 
 
 def _close_quietly(stream: IO[bytes]) -> None:

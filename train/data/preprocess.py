@@ -88,6 +88,10 @@ class PreprocessSettings:
             found.append("--input and --output_prefix are required (or --input_file_dir and --output_file_dir).")
         if self.workers < 0:
             found.append(f"--workers {self.workers}: give a positive number, or 0 for all cores.")
+        if self.count_eod_in_index and not self.append_eod:
+            found.append(
+                "--count_eod_in_index True and --append_eod False: there is no <EOD> to count; leave one of them out."
+            )
         if not self.json_key:
             found.append("--json_key is empty: name the key that holds the text.")
         return found

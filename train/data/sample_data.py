@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from train import manifest, outputs
-from train.data.conversations import docstring_conversations, split_held_out
 from train.data.docstrings import docstring_documents
+from train.data.sample_conversations import docstring_conversations, split_held_out
 from train.errors import refuse
 from train.settings import setting, to_plain
 
