@@ -96,6 +96,8 @@ def test_tp2_pp2_exports_to_the_engines_own_logits(tp2_pp2: Path, tmp_path: Path
 def test_resumes_to_the_same_losses(tp2_pp2: Path, pretrain: Any, output: Path) -> None:
     again = tp2_pp2.with_name("again")
     shutil.copytree(tp2_pp2, again)
+    identity = (output / "recipe" / "tp2_pp2.identity.json").read_text()
+    (output / "recipe" / "again.identity.json").write_text(identity.replace('"tp2_pp2"', '"again"'))
     (again / "global_step8").rename(again / ".global_step8.unfinished-save")  # as a run killed while saving leaves it
     done = pretrain("again", **TP2_PP2)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -129,7 +131,24 @@ def test_without_pipeline_module_zero1_bf16_and_wandb(
 def test_non_finite_loss_has_its_own_exit_code(pretrain: Any) -> None:
     done = pretrain("nan", num_processes=1, lr="1e30", min_lr="1e29", lr_warmup_tokens=0)
     assert done.returncode == EXIT_NON_FINITE_LOSS, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "the loss became nan at step" in done.stderr
+    assert "the loss became NaN or infinite at or before step" in done.stderr
+
+
+@pytest.mark.parametrize(("eval_interval", "what"), [(0, "the weights"), (1, "the evaluation loss")])
+def test_a_last_step_that_diverges_saves_nothing(pretrain: Any, output: Path, eval_interval: int, what: str) -> None:
+    """The loss of the last step is that of the weights before it. Only the last pipeline stage has logits."""
+    job, tokens = f"diverged_{eval_interval}", 4 * 32  # of one step; the warm-up leaves the first at a rate of 0
+    done = pretrain(
+        job, pipeline_parallel_size=2, num_processes=2, lr="1e30", min_lr="1e29", clip_grad=0, save_interval=1,
+        train_tokens=2 * tokens, lr_warmup_tokens=tokens, eval_interval=eval_interval,
+    )  # fmt: skip
+    assert done.returncode == EXIT_NON_FINITE_LOSS, done.stdout[-3000:] + done.stderr[-3000:]
+    good = output / "checkpoint" / job / "global_step1"
+    assert f"{what} became NaN or infinite at or before step 2; the last good checkpoint is {good}." in done.stderr
+    assert [path.name for path in good.parent.glob("*global_step*")] == ["global_step1"]
+    assert (good.parent / "latest").read_text() == "global_step1"
+    assert not (output / "manifest" / f"{job}.json").exists()
+    assert [record["step"] for record in metrics(output, job) if "loss" in record] == [1, 2]
 
 
 def test_what_does_not_fit_is_refused_before_anything_starts(pretrain: Any, output: Path) -> None:

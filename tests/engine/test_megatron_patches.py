@@ -90,13 +90,15 @@ def test_loss_is_found_in_what_upstream_logs() -> None:
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf")])
 def test_non_finite_loss_ends_the_run(tmp_path: Path, loss: float) -> None:
-    with pytest.raises(NonFiniteLossError, match="at step 7; no checkpoint was saved before") as error:
-        progress_lines.refuse_non_finite(loss, 7, str(tmp_path))
+    (tmp_path / ".global_step6.unfinished-save").mkdir()
+    with pytest.raises(NonFiniteLossError, match="at or before step 7; there is no checkpoint yet") as error:
+        progress_lines.refuse_non_finite(loss, 7, tmp_path)
     assert error.value.exit_code == EXIT_NON_FINITE_LOSS
-    (tmp_path / "latest").write_text("global_step5")
+    (tmp_path / "latest").write_text("global_step3")  # it may be behind, or name a folder that is gone
+    (tmp_path / "global_step5").mkdir()
     with pytest.raises(NonFiniteLossError, match=f"the last good checkpoint is {tmp_path}/global_step5"):
-        progress_lines.refuse_non_finite(loss, 7, str(tmp_path))
-    progress_lines.refuse_non_finite(3.0, 7, None)
+        progress_lines.refuse_non_finite(loss, 7, tmp_path)
+    progress_lines.refuse_non_finite(3.0, 7, tmp_path)
 
 
 @pytest.fixture(scope="module")

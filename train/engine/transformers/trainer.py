@@ -24,8 +24,8 @@ from transformers import Trainer, TrainerCallback
 
 from train.checkpoint_folders import prune, publish
 from train.data.gpt_dataset import GPTDataset
+from train.engine.non_finite import non_finite
 from train.engine.transformers.schedule import learning_rate
-from train.errors import NonFiniteLossError
 from train.monitor.progress import Progress
 from train.recipe import PretrainRecipe
 from train.run_folder import RunFolder
@@ -87,7 +87,7 @@ class PretrainTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         logits = self._golden_logits()
         if not bool(torch.isfinite(logits).all()):
-            raise non_finite(self._run_folder, self.state.global_step, "the weights")
+            raise non_finite(self._run_folder.checkpoint_dir, self.state.global_step, "the weights")
         super()._save_checkpoint(model, trial)
         if torch.distributed.is_initialized():
             torch.distributed.barrier()  # every rank's part is on disk
@@ -134,7 +134,7 @@ class ProgressCallback(TrainerCallback):
         if self._wandb_run is not None and loss is not None:
             self._wandb_run.log(logs, step=state.global_step)
         if loss is not None and not torch.isfinite(torch.tensor(loss)):
-            raise non_finite(self._run_folder, state.global_step, "the loss")
+            raise non_finite(self._run_folder.checkpoint_dir, state.global_step, "the loss")
         if self._progress is None:
             return
         if "loss" in logs:
@@ -148,13 +148,3 @@ class ProgressCallback(TrainerCallback):
         if self._progress is not None:
             print(f"step {state.global_step:,}: saved {self._run_folder.step_dir(state.global_step)}", flush=True)
             self._progress.pause()
-
-
-def non_finite(run_folder: RunFolder, step: int, what: str) -> NonFiniteLossError:
-    """The error for NaN or infinity at `step`, naming the checkpoint to go back to."""
-    good = run_folder.latest_step()
-    last = "there is no checkpoint yet" if good is None else f"the last good checkpoint is {run_folder.step_dir(good)}"
-    return NonFiniteLossError(
-        f"{what} became NaN or infinite at or before step {step:,}; {last}. Lower --lr, lengthen --lr_warmup_tokens,"
-        " or use --precision bf16; the same command then goes on from that checkpoint."
-    )

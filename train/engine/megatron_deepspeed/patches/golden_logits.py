@@ -1,5 +1,8 @@
 """The training engine's own logits for a fixed input, saved with every checkpoint: what an export has to reproduce.
 
+They are computed first: where they are not finite the weights are not either, and no checkpoint is written. The loss
+alone would not tell, as it belongs to the weights from before the last update.
+
 File `golden_logits.safetensors` in `global_stepN`: `input_ids` int64 [1, n], `logits` float32 [1, n, padded vocabulary]
 and, as metadata, `engine`, `engine_commit` and `dtype`, the type they were computed in.
 """
@@ -11,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from train.engine.megatron_deepspeed.patches import Patch, Run
+from train.engine.non_finite import non_finite
 
 FILE_NAME = "golden_logits.safetensors"
 _POSITIONS = 32  # 32 positions of a 128,000-token vocabulary are 16 MB
@@ -29,8 +33,12 @@ def input_ids(vocab_size: int, end_of_document: int, batch_size: int, length: in
     return torch.where(ids == end_of_document, (ids + 1) % vocab_size, ids)
 
 
-def record(engine: Any, folder: Path, engine_commit: str) -> None:
-    """Computes the logits of the live model and writes them into `folder`. Every rank has to call it."""
+def compute(engine: Any, checkpoint_dir: Path) -> dict[str, Any] | None:
+    """The live model's `input_ids` and `logits`, on the one rank that writes them; None elsewhere. All ranks call it.
+
+    Raises:
+        NonFiniteLossError: on every rank, when any of them has a logit that is NaN or infinite.
+    """
     import torch
     from megatron import get_args, get_tokenizer
     from megatron.core import mpu
@@ -43,22 +51,37 @@ def record(engine: Any, folder: Path, engine_commit: str) -> None:
     with torch.no_grad():
         part = _pipeline_logits(engine, tokens) if _is_pipeline(engine) else _plain_logits(engine, tokens)
     engine.module.train(was_training)
+    if _any_non_finite(part):
+        raise non_finite(checkpoint_dir, engine.global_steps, "the weights")
     if part is None:  # not the last pipeline stage
-        return
+        return None
     part = part[:positions, 0].float().contiguous()
     logits = _gathered(part, mpu.get_tensor_model_parallel_group())
-    if mpu.get_data_parallel_rank() == 0 and mpu.get_tensor_model_parallel_rank() == 0:
-        from safetensors.torch import save_file
+    if mpu.get_data_parallel_rank() or mpu.get_tensor_model_parallel_rank():
+        return None
+    return {"input_ids": tokens[:1, :positions].contiguous(), "logits": logits[None].cpu().contiguous()}
 
-        save_file(
-            {"input_ids": tokens[:1, :positions].contiguous(), "logits": logits[None].cpu().contiguous()},
-            str(folder / FILE_NAME),
-            metadata={
-                "engine": "megatron-deepspeed",
-                "engine_commit": engine_commit,
-                "dtype": str(args.params_dtype).removeprefix("torch."),
-            },
-        )
+
+def write(tensors: dict[str, Any], folder: Path, engine_commit: str) -> None:
+    """Writes what `compute` returned into a checkpoint's folder."""
+    from megatron import get_args
+    from safetensors.torch import save_file
+
+    computed_in = str(get_args().params_dtype).removeprefix("torch.")
+    metadata = {"engine": "megatron-deepspeed", "engine_commit": engine_commit, "dtype": computed_in}
+    save_file(tensors, str(folder / FILE_NAME), metadata=metadata)
+
+
+def _any_non_finite(part: Any) -> bool:
+    """Whether some rank's part of the logits (None: it has none) is not finite; the same answer on all ranks."""
+    import torch
+    from deepspeed.accelerator import get_accelerator
+
+    # every position, not only the recorded ones
+    bad = part is not None and not bool(torch.isfinite(part).all())
+    box = get_accelerator().IntTensor([int(bad)])
+    torch.distributed.all_reduce(box, op=torch.distributed.ReduceOp.MAX)
+    return bool(box.item())
 
 
 def _real_vocab_size(tokenizer: Any) -> int:
@@ -112,17 +135,19 @@ def _apply(run: Run) -> str:
     @functools.wraps(save_checkpoint)
     def save_with_logits(self: Any, save_dir: str, tag: str | None = None, *others: Any, **options: Any) -> Any:
         tag = tag or f"global_step{self.global_steps}"
+        tensors = compute(self, Path(save_dir))
         saved = save_checkpoint(self, save_dir, tag, *others, **options)
-        record(self, Path(save_dir) / tag, run.engine_commit)
+        if tensors is not None:
+            write(tensors, Path(save_dir) / tag, run.engine_commit)
         return saved
 
     DeepSpeedEngine.save_checkpoint = save_with_logits
-    return f"DeepSpeedEngine.save_checkpoint: writes {FILE_NAME} too"
+    return f"DeepSpeedEngine.save_checkpoint: writes {FILE_NAME} too, refuses weights that are not finite"
 
 
 PATCH = Patch(
     name="golden-logits",
-    reason="nothing in a checkpoint says how its weights are laid out; the engine's own logits prove an export",
+    reason="nothing in a checkpoint says how its weights are laid out or that they are finite; its logits do",
     affected="all upstream versions",
     apply=_apply,
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from train.engine.megatron_deepspeed.patches import Patch, Run
-from train.errors import NonFiniteLossError
+from train.engine.non_finite import non_finite
 from train.monitor.progress import Progress
 
 
@@ -19,18 +19,10 @@ def loss_of(losses: Mapping[str, Any]) -> float:
     return float(value.mean()) if hasattr(value, "mean") else float(value)
 
 
-def refuse_non_finite(loss: float, step: int, checkpoint_dir: str | None) -> None:
+def refuse_non_finite(loss: float, step: int, checkpoint_dir: Path, *, what: str = "the loss") -> None:
     """Raises `NonFiniteLossError`, naming the last good checkpoint, when the loss is NaN or infinite."""
-    if math.isfinite(loss):
-        return
-    latest = Path(checkpoint_dir) / "latest" if checkpoint_dir else None
-    if latest is not None and latest.is_file():
-        good = f"the last good checkpoint is {latest.parent / latest.read_text(encoding='utf-8').strip()}"
-    else:
-        good = "no checkpoint was saved before"
-    raise NonFiniteLossError(
-        f"the loss became {loss} at step {step:,}; {good}: lower --lr, or train with --precision bf16 instead of fp16."
-    )
+    if not math.isfinite(loss):
+        raise non_finite(checkpoint_dir, step, what)
 
 
 def _apply(run: Run) -> str:
@@ -61,7 +53,7 @@ def _apply(run: Run) -> str:
         skipped, grad_norm = others[2], others[3]
         loss = loss_of(losses)
         if not skipped:  # fp16 lowers its scale and goes on
-            refuse_non_finite(loss, step, args.save)
+            refuse_non_finite(loss, step, Path(args.save))
             since_last_line.append(loss)
         result = training_log(losses, total, lr, step, *others, **options)
         is_due = step % args.log_interval == 0 or step in (1, args.train_iters)
@@ -98,6 +90,7 @@ def _apply(run: Run) -> str:
                 line.evaluation(step, loss=loss)
             if run.watch is not None:
                 run.watch(step, {"eval_loss": loss})
+            refuse_non_finite(loss, step, Path(get_args().save), what="the evaluation loss")
         return result
 
     training.train = start
