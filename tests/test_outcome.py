@@ -58,7 +58,7 @@ def test_an_interrupted_rank_says_so(tmp_path: Path, number: signal.Signals) -> 
 def test_ranks_that_were_stopped_because_another_died_are_no_interruption(tmp_path: Path, status: int) -> None:
     file = tmp_path / "outcome.json"
     outcome.write(file, EXIT_INTERRUPTED, ["interrupted"])
-    with pytest.raises(UserError, match="broke off|without saying how") as caught:
+    with pytest.raises(UserError, match=r"broke off|without saying how") as caught:
         outcome.check(file, status, log=tmp_path / "log")
     assert caught.value.exit_code == EXIT_FAILURE
 

@@ -7,6 +7,8 @@ our own mistakes, and keep their traceback.
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterable
 
 EXIT_OK = 0
@@ -15,6 +17,18 @@ EXIT_USER = 2  # the input, a setting or the machine must change first
 EXIT_VERIFICATION = 3  # a hand-over was not proven: ids, weights or logits differ
 EXIT_NON_FINITE_LOSS = 4  # training met NaN or infinity; the last good checkpoint is named
 EXIT_INTERRUPTED = 130  # Ctrl-C
+
+
+_USER_ERRNOS = {
+    errno.ENOSPC: "no space left: free some, or choose an output on another disk.",
+    errno.EDQUOT: "the disk quota is used up: free some space, or choose an output on another disk.",
+    errno.EACCES: "permission denied: choose another path or change its permissions.",
+    errno.EPERM: "not permitted: choose another path or change its permissions.",
+    errno.EROFS: "the file system is read-only: choose another output.",
+    errno.ENOENT: "there is no such file: check the path.",
+    errno.EISDIR: "this is a folder, a file is expected here.",
+    errno.ENOTDIR: "a part of this path is a file, a folder is expected there.",
+}
 
 
 class UserError(Exception):
@@ -50,3 +64,22 @@ def refuse(problems: Iterable[str]) -> None:
     found = tuple(problems)
     if found:
         raise UserError(found)
+
+
+def user_message(error: BaseException) -> str | None:
+    """What to tell of an error that the user can mend (no space, no permission, a wrong path); None of any other.
+
+    A full disk is also found behind an error of a library's own: torch raises a RuntimeError after the OSError,
+    safetensors one that only quotes it.
+    """
+    if isinstance(error, OSError) and error.errno in _USER_ERRNOS:
+        name = f"{error.filename}: " if error.filename else ""
+        return f"{name}{_USER_ERRNOS[error.errno]}"
+    behind: BaseException | None = error
+    while behind is not None:
+        if isinstance(behind, OSError) and behind.errno in (errno.ENOSPC, errno.EDQUOT):
+            return user_message(behind)
+        if os.strerror(errno.ENOSPC) in str(behind):
+            return _USER_ERRNOS[errno.ENOSPC]
+        behind = behind.__cause__ or behind.__context__
+    return None

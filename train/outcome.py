@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, UserError
+from train.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_USER, UserError, user_message
 
 _INTERRUPTED = "interrupted: the same command goes on from the last checkpoint."
 _SIGNALS_OF_THE_USER = (130, 143)  # 128 + SIGINT, 128 + SIGTERM
@@ -56,7 +56,9 @@ def read(path: Path) -> Outcome | None:
 
 
 def record(path: Path, body: Callable[[], None], *, leads: bool = True) -> int:
-    """Runs `body` in a rank, reports how it ended, and returns the exit code. Other exceptions keep their traceback.
+    """Runs `body` in a rank, reports how it ended, and returns the exit code.
+
+    A full disk and the like are told as such; other exceptions keep their traceback.
 
     Args:
         path: where the report goes.
@@ -70,6 +72,12 @@ def record(path: Path, body: Callable[[], None], *, leads: bool = True) -> int:
     except UserError as error:
         write(path, error.exit_code, error.problems)
         return error.exit_code
+    except Exception as error:
+        message = user_message(error)
+        if message is None:
+            raise
+        write(path, EXIT_USER, (message,))
+        return EXIT_USER
     except KeyboardInterrupt:
         write(path, EXIT_INTERRUPTED, (_INTERRUPTED,))
         return EXIT_INTERRUPTED

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from train import cli
-from train.errors import NonFiniteLossError, UserError, VerificationError
+from train.errors import NonFiniteLossError, UserError, VerificationError, user_message
 from train.settings import setting
 
 
@@ -69,7 +69,7 @@ def behind(error: BaseException, cause: BaseException) -> BaseException:
     ],
 )
 def test_what_the_user_can_mend_is_told_of_library_errors_too(error, message):
-    told = cli.user_message(error)
+    told = user_message(error)
     assert (told is None) if message is None else told.startswith(message)
 
 

@@ -15,9 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from train import cli, outcome
+from train import outcome
 from train import settings as settings_module
-from train.errors import UserError
 from train.finetune.folder import FinetuneFolder, Plan
 from train.monitor import wandb_run
 
@@ -29,20 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = FinetuneFolder(parser.parse_args(argv).output_dir)
     plan = settings_module.build(Plan, settings_module.read_yaml(folder.plan))
     leads = os.environ.get("RANK", "0") == "0"
-    return outcome.record(folder.outcome, lambda: _train(plan, folder), leads=leads)
-
-
-def _train(plan: Plan, folder: FinetuneFolder) -> None:
-    """Trains; what the user can mend, such as a full disk, becomes one message."""
-    try:
-        train(plan, folder)
-    except UserError:
-        raise
-    except Exception as error:
-        message = cli.user_message(error)
-        if message is None:
-            raise
-        raise UserError(message) from error
+    return outcome.record(folder.outcome, lambda: train(plan, folder), leads=leads)
 
 
 def train(plan: Plan, folder: FinetuneFolder) -> None:
