@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from finetune_samples import SEEDS_LAUNCHER, argv, call  # type: ignore[import-not-found]
 
+from train import process
 from train import settings as settings_module
 from train.errors import EXIT_INTERRUPTED, EXIT_NON_FINITE_LOSS, EXIT_VERIFICATION
 from train.finetune import launch
@@ -198,6 +199,26 @@ def test_a_full_disk_is_one_message(
     assert "Traceback" not in told.out + told.err
 
 
+@pytest.mark.parametrize("size_kib", [700, 1100])  # full while the first checkpoint is written, and the second
+def test_a_disk_that_is_really_full_is_one_message(
+    files: dict[str, Any], size_kib: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    disk = tmp_path / "small_disk"
+    disk.mkdir()
+    mount = ("mount", "-t", "tmpfs", "-o", f"size={size_kib}k", "tmpfs", str(disk))
+    status, told = process.capture(Command(mount), timeout_s=30)
+    if status:
+        pytest.skip(f"a small disk cannot be mounted here: {told.strip()}")
+    try:
+        assert call(*argv(files, output_dir=disk / "out", max_steps=4, save_steps=2)) == 2
+        err = capsys.readouterr().err
+        assert "no space left: free some" in err and "Traceback" not in err
+        kept = launch.FinetuneFolder(disk / "out").checkpoint()
+        assert (kept is not None) == (size_kib == 1100)  # to go on with, once there is room
+    finally:
+        process.capture(Command(("umount", str(disk))), timeout_s=30)
+
+
 def test_packing_truncation_and_added_tokens(files: dict[str, Any]) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -246,7 +267,6 @@ def test_a_deepspeed_file_of_ones_own(files: dict[str, Any], tmp_path: Path) -> 
 
 
 def test_the_seeds_command_under_zero_3(base_model: Path, question_file: Path, tmp_path: Path) -> None:
-    from train import process
     from train.checkpoint import verification
 
     out = tmp_path / "with space" / "gpt_openassistant"

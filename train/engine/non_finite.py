@@ -16,6 +16,6 @@ def non_finite(checkpoint_dir: Path, step: int, what: str) -> NonFiniteLossError
     whole = [folder for _, folder in whole_checkpoints(checkpoint_dir)]
     last = f"the last good checkpoint is {whole[-1]}" if whole else "there is no checkpoint yet"
     return NonFiniteLossError(
-        f"{what} became NaN or infinite at or before step {step:,}; {last}. Lower --lr, lengthen --lr_warmup_tokens,"
-        " or use --precision bf16; the same command then goes on from that checkpoint."
+        f"{what} became NaN or infinite at or before step {step:,}; {last}. The same command would meet it again: start"
+        " another --job_name with a lower --lr, a longer --lr_warmup_tokens, or --precision bf16."
     )

@@ -114,6 +114,14 @@ class FinetuneFolder:
         steps = [(int(match[1]), path) for match, path in found if match and checkpoint_mark(path).is_file()]
         return max(steps)[1] if steps else None
 
+    def remove_half_written(self) -> None:
+        """Removes what a run that broke off while saving cannot go on with."""
+        shutil.rmtree(self.model_dir, ignore_errors=True)
+        checkpoints = self.checkpoint_dir.iterdir() if self.checkpoint_dir.is_dir() else ()
+        for path in [path for path in checkpoints if _CHECKPOINT.fullmatch(path.name)]:
+            if not checkpoint_mark(path).is_file():
+                shutil.rmtree(path, ignore_errors=True)
+
     def add_records(self) -> None:
         """Copies what tells about the run beside the model. Copies: a killed launch still has its own to go on with."""
         for name in _KEPT_NAMES:

@@ -28,7 +28,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = FinetuneFolder(parser.parse_args(argv).output_dir)
     plan = settings_module.build(Plan, settings_module.read_yaml(folder.plan))
     leads = os.environ.get("RANK", "0") == "0"
-    return outcome.record(folder.outcome, lambda: train(plan, folder), leads=leads)
+    return outcome.record(folder.outcome, lambda: _train(plan, folder), leads=leads)
+
+
+def _train(plan: Plan, folder: FinetuneFolder) -> None:
+    try:
+        train(plan, folder)
+    except Exception:
+        folder.remove_half_written()  # on a full disk the report needs room itself
+        raise
 
 
 def train(plan: Plan, folder: FinetuneFolder) -> None:

@@ -124,6 +124,11 @@ class ProgressCallback(TrainerCallback):
         self._progress = progress
         self._wandb_run = wandb_run
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # a resumed Trainer would keep the checkpoint's intervals and ignore the ones asked for now
+        state.logging_steps, state.save_steps = args.logging_steps, args.save_steps
+        state.eval_steps = args.eval_steps or state.eval_steps
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == state.max_steps:
             control.should_log = True  # the last step's loss is part of the record, whatever the interval
