@@ -66,11 +66,15 @@ def refuse(problems: Iterable[str]) -> None:
         raise UserError(found)
 
 
+# How errors without an errno tell of a full disk: the system's words, and those of torch's file writer.
+_FULL_DISK_SIGNS = (os.strerror(errno.ENOSPC), ". unexpected pos ", "PytorchStreamWriter failed writing file")
+
+
 def user_message(error: BaseException) -> str | None:
     """What to tell of an error that the user can mend (no space, no permission, a wrong path); None of any other.
 
-    A full disk is also found behind an error of a library's own: torch raises a RuntimeError after the OSError,
-    safetensors one that only quotes it.
+    A full disk is also found behind an error of a library's own: torch raises a RuntimeError after the OSError, or one
+    that only tells of the short write, and safetensors one that quotes the system.
     """
     if isinstance(error, OSError) and error.errno in _USER_ERRNOS:
         name = f"{error.filename}: " if error.filename else ""
@@ -79,7 +83,7 @@ def user_message(error: BaseException) -> str | None:
     while behind is not None:
         if isinstance(behind, OSError) and behind.errno in (errno.ENOSPC, errno.EDQUOT):
             return user_message(behind)
-        if os.strerror(errno.ENOSPC) in str(behind):
+        if any(sign in str(behind) for sign in _FULL_DISK_SIGNS):
             return _USER_ERRNOS[errno.ENOSPC]
         behind = behind.__cause__ or behind.__context__
     return None

@@ -63,6 +63,7 @@ def behind(error: BaseException, cause: BaseException) -> BaseException:
         (behind(RuntimeError("unexpected pos 64 vs 0"), OSError(errno.ENOSPC, "full")), "no space left"),
         (behind(RuntimeError("stream"), behind(ValueError("x"), OSError(errno.EDQUOT, "quota"))), "the disk quota"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "no space left"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), "no space left"),
         (RuntimeError("shapes differ"), None),
         (OSError(errno.EIO, "bad disk"), None),
         (behind(RuntimeError("ours"), FileNotFoundError(errno.ENOENT, "none", "x")), None),
