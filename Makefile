@@ -2,7 +2,7 @@
 # make test   installs into .venv and runs all tests
 # make lint   ruff, mypy and ShellCheck only
 # make clean  removes .venv and caches, not output/
-SHELL := /usr/bin/env bash
+SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .PHONY: help install demo test test-fast lint clean

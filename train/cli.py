@@ -5,13 +5,14 @@ return cli.run(UploadSettings, upload, argv, description=__doc__, example="...")
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from train import settings as settings_module
-from train.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER, UserError, user_message
+from train.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, EXIT_OK, EXIT_USER, UserError, user_message
 
 
 def run(
@@ -43,6 +44,9 @@ def run(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except BrokenPipeError:  # whoever read our output has enough of it (| head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its end
+        return EXIT_BROKEN_PIPE
     except Exception as error:
         message = user_message(error)
         if message is None:

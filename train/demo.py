@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from train import manifest, process
-from train.errors import UserError
+from train.errors import EXIT_USER, UserError
 from train.process import Command
 from train.settings import setting
 
@@ -35,7 +35,7 @@ class DemoSettings:
     engine: str = setting("auto", help="pretraining engine", choices=("auto", "transformers", "megatron-deepspeed"))
     vocab_size: int = setting(4000, help="pieces of the tokenizer")
     train_tokens: str = setting("1M", help="tokens to pretrain on")
-    finetune_steps: int = setting(150, help="optimizer steps of finetuning")
+    finetune_steps: int = setting(250, help="optimizer steps of finetuning")
     dry_run: bool = setting(False, help="print the commands, and run nothing", flag_only=True)
 
 
@@ -47,6 +47,7 @@ class Stage:
         step: the number and name the table shows.
         script: the launcher, relative to scripts/.
         flags: its flags by name.
+        output: what it makes, for people to look at.
         manifest: what it writes when it is done, a folder or a file.
         summary: reads the results, in numbers, from the finished manifest's record.
     """
@@ -54,6 +55,7 @@ class Stage:
     step: str
     script: str
     flags: Mapping[str, object]
+    output: Path
     manifest: Path
     summary: Callable[[dict[str, Any]], str]
 
@@ -81,12 +83,15 @@ def demo(settings: DemoSettings) -> int:
         begun = time.monotonic()
         code = process.run(stage.command)
         if code:
-            raise UserError(f"{stage.step} ended with exit code {code}; 'make demo' goes on from here.", exit_code=code)
+            goes_on = "" if code == EXIT_USER else "; called again, the demo goes on from here"
+            raise UserError(f"{stage.step} ended with exit code {code}{goes_on}.", exit_code=code)
         done_before = before is not None and before == _finished_at(stage.manifest)
         seconds = "done before" if done_before else f"{time.monotonic() - begun:.0f} s"
-        rows.append((stage.step, seconds, stage.summary(manifest.read(stage.manifest)), str(stage.manifest)))
+        rows.append((stage.step, seconds, stage.summary(manifest.read(stage.manifest))))
     answers = _answers(settings)
-    _show(rows, answers, time.monotonic() - started)
+    _show(rows, answers, title=f"five steps in {time.monotonic() - started:.0f} s")
+    for stage in stages:
+        print(f"{stage.step}: {stage.output}")
     return 0
 
 
@@ -100,6 +105,7 @@ def build_stages(settings: DemoSettings) -> Iterator[Stage]:
         "common/make_sample_data.py",
         {"output_dir": data, "packages": _PACKAGES},
         data,
+        data,
         lambda record: _numbers(record, "documents", "characters", "conversations"),
     )
     yield Stage(
@@ -111,6 +117,7 @@ def build_stages(settings: DemoSettings) -> Iterator[Stage]:
             "vocab_size": settings.vocab_size,
             "input_sentence_size": 200_000,
         },
+        tokenizer,
         tokenizer.with_suffix(".manifest.json"),
         _tokenizer_summary,
     )
@@ -123,6 +130,7 @@ def build_stages(settings: DemoSettings) -> Iterator[Stage]:
             "output_prefix": tokens,
             "count_eod_in_index": True,
         },
+        tokens.with_name(tokens.name + "_text_document.bin"),
         tokens.with_name(tokens.name + "_text_document.manifest.json"),
         lambda record: _numbers(record, "documents", "tokens"),
     )
@@ -137,6 +145,7 @@ def build_stages(settings: DemoSettings) -> Iterator[Stage]:
             "train_tokens": settings.train_tokens,
             "engine": settings.engine,
         },
+        pretrained / "checkpoint" / "gpt_demo",
         pretrained / "manifest" / "gpt_demo.json",
         _pretrain_summary,
     )
@@ -149,6 +158,7 @@ def build_stages(settings: DemoSettings) -> Iterator[Stage]:
             "input_model_dir": pretrained / "checkpoint" / "gpt_demo",
             "output_tokenizer_and_model_dir": base,
         },
+        base,
         base,
         lambda record: _parity_summary(base),
     )
@@ -165,6 +175,7 @@ def build_stages(settings: DemoSettings) -> Iterator[Stage]:
             "output_dir": chat,
         },
         chat,
+        chat,
         _finetune_summary,
     )
     yield _upload("5 upload folder", "step5_upload_finetuned_model", "finetuned", chat, out / "upload" / chat.name)
@@ -180,6 +191,7 @@ def _upload(step: str, folder: str, kind: str, model: Path, prepared: Path) -> S
             "test_prompt_text": "Return the",
             "output_dir": prepared,
         },
+        prepared,
         prepared.with_name(prepared.name + ".manifest.json"),
         lambda record: _numbers(record, "files", "bytes"),
     )
@@ -190,9 +202,12 @@ def _try_to_install_megatron() -> None:
     from train.engine.megatron_deepspeed import checkout
 
     if checkout.find_checkout() is None:
-        print("Megatron-DeepSpeed is not installed: trying to clone it", flush=True)
+        print(f"Megatron-DeepSpeed is not installed: cloning it, for {_CLONE_TIMEOUT_S} s at most", flush=True)
         script = str(_SCRIPTS / "common" / "install_megatron_deepspeed.sh")
-        process.run(Command(("bash", script, "--timeout_s", str(_CLONE_TIMEOUT_S)), {"TRAIN_PYTHON": sys.executable}))
+        command = Command(("bash", script, "--timeout_s", str(_CLONE_TIMEOUT_S)), {"TRAIN_PYTHON": sys.executable})
+        code, text = process.capture(command, timeout_s=300)
+        why = next((line for line in text.splitlines() if line.startswith("error:")), f"exit code {code}")
+        print("installed" if code == 0 else f"not to be had now ({why.removeprefix('error: ')})", flush=True)
 
 
 def _numbers(record: dict[str, Any], *names: str) -> str:
@@ -229,7 +244,7 @@ def _finetune_summary(record: dict[str, Any]) -> str:
     results = record["results"]
     return (
         f"loss {results['first_loss']:.3f} -> {results['last_loss']:.3f},"
-        f" held-out answers {results['first_eval_loss']:.3f} -> {results['eval_loss']:.3f}"
+        f" held-out answers' loss {results['first_eval_loss']:.3f} -> {results['eval_loss']:.3f}"
     )
 
 
@@ -263,20 +278,21 @@ def _generate(model: Path, questions: list[str], output_dir: Path) -> list[str]:
     return [json.loads(line)["answer"] for line in text.splitlines() if line.startswith("{")]
 
 
-def _show(rows: list[tuple[str, str, str, str]], answers: list[tuple[str, str, str, str]], seconds: float) -> None:
+def _show(rows: list[tuple[str, str, str]], answers: list[tuple[str, str, str, str]], *, title: str) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    console = Console(width=max(Console().width, 120))
-    table = Table(title=f"five steps in {seconds:.0f} s")
-    for title in ("step", "time", "result", "where"):
-        table.add_column(title, overflow="fold")
+    steps = Table(title=title)
+    for name in ("step", "time", "result"):
+        steps.add_column(name)
     for row in rows:
-        table.add_row(*row)
-    console.print(table)
-    talk = Table(title="questions that finetuning did not see")
-    for title in ("question", "true answer", "before finetuning", "after finetuning"):
-        talk.add_column(title, overflow="fold")
+        steps.add_row(*map(Text, row))
+    talk = Table(title="questions that finetuning did not see: a model this small learns the form of an answer")
+    for name in ("question", "true answer", "before finetuning", "after finetuning"):
+        talk.add_column(name, overflow="fold")
     for answer in answers:
-        talk.add_row(*answer)
-    console.print(talk, markup=False)
+        talk.add_row(*(Text(" ".join(said.split()) or "(white space only)") for said in answer))
+    console = Console()
+    console.print(steps)
+    console.print(talk)

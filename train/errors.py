@@ -17,6 +17,7 @@ EXIT_USER = 2  # the input, a setting or the machine must change first
 EXIT_VERIFICATION = 3  # a hand-over was not proven: ids, weights or logits differ
 EXIT_NON_FINITE_LOSS = 4  # training met NaN or infinity; the last good checkpoint is named
 EXIT_INTERRUPTED = 130  # Ctrl-C
+EXIT_BROKEN_PIPE = 141  # nobody reads our output any more; 128 + SIGPIPE, as shells have it
 
 
 _USER_ERRNOS = {

@@ -42,7 +42,8 @@ def write(path: Path, exit_code: int, problems: Iterable[str] = ()) -> None:
     Ranks that fail later mostly fail because the first one did.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError), path.open("x", encoding="utf-8") as stream:
+    # FileExistsError: another rank was first. On a full disk the launcher goes by the exit status and the log.
+    with contextlib.suppress(OSError), path.open("x", encoding="utf-8") as stream:
         stream.write(json.dumps({"exit_code": exit_code, "problems": list(problems)}) + "\n")
 
 
@@ -50,7 +51,7 @@ def read(path: Path) -> Outcome | None:
     """The report, or None when no rank left one."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, json.JSONDecodeError):  # none, or one that a full disk cut short
         return None
     return Outcome(record["exit_code"], tuple(record["problems"]))
 
@@ -66,7 +67,9 @@ def record(path: Path, body: Callable[[], None], *, leads: bool = True) -> int:
         leads: whether this rank (the first one) also reports success.
     """
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's way to interrupt
+        # SIGTERM is a scheduler's way to interrupt; SIGINT is ignored at birth in a shell's background jobs
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.default_int_handler)
     try:
         body()
     except UserError as error:

@@ -64,7 +64,8 @@ def redacted(name: str, value: str) -> str:
 def run(command: Command, *, log: Path | None = None) -> int:
     """Runs `command`, copies its output to this terminal and to `log`, and returns its true exit code.
 
-    SIGINT and SIGTERM go on to the program; what is still there 30 s later is killed. Whatever it started ends with
+    SIGINT and SIGTERM go on to the program; what is still there half a minute later is
+    killed. Whatever it started ends with
     it, even ranks in sessions of their own whose launcher was killed; and it ends when this process is killed.
 
     Returns:
@@ -89,7 +90,7 @@ def run(command: Command, *, log: Path | None = None) -> int:
     def pass_on(number: int, _frame: FrameType | None) -> None:
         passed_on.append(number)
         _signal_group(child, number)
-        signal.setitimer(signal.ITIMER_REAL, _GRACE_S)
+        signal.setitimer(signal.ITIMER_REAL, _GRACE_S / mark.count("/"))  # an inner run gives up before its outer one
 
     def kill(_number: int, _frame: FrameType | None) -> None:
         _signal_group(child, signal.SIGKILL)

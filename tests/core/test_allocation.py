@@ -28,7 +28,7 @@ def find(num_processes=0, device="auto", **environment):
 def test_without_gpus_one_process_on_the_cpu():
     found = find(CUDA_VISIBLE_DEVICES="")
     assert (found.device, found.processes_per_host, found.world_size) == ("cpu", 1, 1)
-    assert "no GPU; 1 processes, one process" in found.reason
+    assert "no GPU; processes: 1, one without GPUs" in found.reason
 
 
 def test_one_process_per_gpu_unless_asked_otherwise():

@@ -303,3 +303,19 @@ def test_ctrl_c_ends_it_with_130(corpus, tmp_path, project_root):
     running.send_signal(signal.SIGINT)
     assert running.wait(timeout=60) == 130
     assert "interrupted" in running.stderr.read()
+
+
+def test_a_full_disk_while_saving_is_one_message(pretrain, tmp_path):
+    """A disk of 800 KiB: step 4's checkpoint fits, step 8's does not."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=800k", "tmpfs", str(disk)], check=False)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk needs rights that this user does not have")
+    try:
+        done = pretrain(disk, keep_last=0)
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert "no space left" in done.stderr and "Traceback" not in done.stderr
+        assert [step.name for step in (disk / "checkpoint" / "tiny").iterdir() if step.is_dir()] == ["global_step4"]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

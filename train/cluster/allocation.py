@@ -69,8 +69,8 @@ def find(*, num_processes: int, device: str, environment: Mapping[str, str] | No
     processes = num_processes or max(gpus, 1)
     if gpus and processes > gpus:
         raise UserError(f"--num_processes {processes}: this machine has {gpus} GPUs, one process each; ask for fewer.")
-    asked = "as asked" if num_processes else "one per GPU" if gpus else "one process"
-    reason = f"this machine only ({found}; {processes} processes, {asked})"
+    asked = "as asked" if num_processes else "one per GPU" if gpus else "one without GPUs"
+    reason = f"this machine only ({found}; processes: {processes}, {asked})"
     return Allocation((socket.gethostname(),), processes, "cuda" if gpus else "cpu", reason)
 
 

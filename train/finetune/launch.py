@@ -128,6 +128,8 @@ def build_command(settings: FinetuneSettings, where: Allocation, folder: Finetun
         environment["TORCH_EXTENSIONS_DIR"] = str(folder.extensions_dir)
     if where.device == "cpu":
         environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+        # threads that spin while they wait slow everything down several times once the cores are shared
+        environment["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
         if "OMP_NUM_THREADS" not in os.environ:
             environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // where.processes_per_host))
     elif where.world_size == 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:

@@ -170,7 +170,10 @@ def _result_rows(results: Mapping[str, Any], prefix: str = "") -> Iterator[tuple
 
 def _setting_rows(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     sections = [section for section in settings.values() if isinstance(section, Mapping)]
+    steps_rule = (settings.get("max_steps") or 0) > 0  # then the number of epochs that was asked for is not what ran
     for name in _TRAINING_SETTINGS:
+        if steps_rule and name == "num_train_epochs":
+            continue
         for section in (settings, *sections):
             if section.get(name) is not None:
                 yield name.replace("_", " "), _shown(section[name])

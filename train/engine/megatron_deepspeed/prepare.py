@@ -156,6 +156,8 @@ def _environment(allocation: Allocation, run_folder: RunFolder, found: checkout.
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // allocation.processes_per_host))
     if allocation.device == "cpu":
         environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+        # threads that spin while they wait slow everything down several times once the cores are shared
+        environment["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
         # DeepSpeed's CPU accelerator takes this for the number of devices; its own launcher sets it, torchrun does not
         environment["LOCAL_SIZE"] = str(allocation.processes_per_host)
     return environment

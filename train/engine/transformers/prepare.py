@@ -39,6 +39,8 @@ def prepare(recipe: PretrainRecipe, allocation: Allocation, run_folder: RunFolde
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // allocation.processes_per_host))
     if allocation.device == "cpu":
         environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+        # threads that spin while they wait slow everything down several times once the cores are shared
+        environment["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
     return Command(tuple(argv), environment, files=files)
 
 

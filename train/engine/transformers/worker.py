@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from train import outcome, settings
+from train.checkpoint_folders import remove_leftovers
 from train.data.blend import read_blend
 from train.data.gpt_dataset import GPTDataset
 from train.monitor import wandb_run
@@ -27,9 +28,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe = settings.build(PretrainRecipe, settings.read_yaml(parser.parse_args(argv).recipe))
     assert recipe.checkpoint.job_name is not None
     run_folder = RunFolder(recipe.checkpoint.output_model_dir, recipe.checkpoint.job_name)
-    return outcome.record(
-        run_folder.outcome, lambda: pretrain(recipe, run_folder), leads=os.environ.get("RANK", "0") == "0"
-    )
+    leads = os.environ.get("RANK", "0") == "0"
+
+    def body() -> None:
+        try:
+            pretrain(recipe, run_folder)
+        except Exception:
+            if leads:  # on a full disk this makes room for the report of it
+                remove_leftovers(run_folder.checkpoint_dir)
+            raise
+
+    return outcome.record(run_folder.outcome, body, leads=leads)
 
 
 def pretrain(recipe: PretrainRecipe, run_folder: RunFolder) -> None:
