@@ -54,6 +54,7 @@ BROKEN = {
     b'{"text": "\xff"}': "line 2: invalid UTF-8 at byte 11 of the line",
     b'{"text": "a\\ud800b"}': "line 2: key 'text' is not Unicode text: a lone surrogate U+D800",
     b"[" * 100_000: "line 2: broken JSON",
+    b'{"text": "x", "n": ' + b"7" * 5_000 + b"}": "line 2: broken JSON: Exceeds the limit",
 }
 
 

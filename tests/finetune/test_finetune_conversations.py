@@ -105,6 +105,7 @@ def test_every_bad_record_is_named_with_its_line(write_jsonl: Callable[..., Path
     file = write_jsonl([good, {"text": "x"}, good, _turns("user")])
     with file.open("ab") as stream:
         stream.write(b'{"broken": \n\n\xff\xfe\n')
+        stream.write(b'{"n": ' + b"7" * 5_000 + b"}\n" + b"[" * 100_000 + b"\n")
     with pytest.raises(UserError) as caught:
         _read(file)
     told = str(caught.value)
@@ -113,6 +114,8 @@ def test_every_bad_record_is_named_with_its_line(write_jsonl: Callable[..., Path
         "line 4: no assistant turn",
         "line 5: broken JSON",
         "line 7: invalid UTF-8",
+        "line 8: broken JSON: Exceeds the limit",
+        "line 9: broken JSON",
     ):
         assert f"{file}, {expected}" in told
     assert "--on_error skip" in told

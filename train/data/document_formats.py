@@ -78,7 +78,7 @@ def parse_line(line: bytes, *, json_key: str, plain: bool, first: bool = False) 
         return None
     try:
         record = json.loads(decoded)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number of thousands of digits
         hint = " (one JSON array? a JSON object per line is expected)" if decoded.lstrip()[0] == "[" else ""
         raise BadDocumentError(f"broken JSON: {error}{hint}") from None
     if not isinstance(record, dict):

@@ -233,7 +233,7 @@ def _json(content: bytes) -> Any:
         return json.loads(content.decode("utf-8").removeprefix("\ufeff"))
     except UnicodeDecodeError as error:
         return BadDocumentError(f"invalid UTF-8 at byte {error.start + 1} ({error.reason})")
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number of thousands of digits
         return BadDocumentError(f"broken JSON: {error}")
 
 
