@@ -5,6 +5,7 @@ An engine writes into a folder of another name, then the first rank calls `publi
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 from train import outputs
 
 _STEP = re.compile(r"global_step(\d+)")
+_FILES = "files.json"  # names and sizes of all other files of a checkpoint
 # What killed runs leave: the Trainer's own name, a folder that was being saved, one that was being removed.
 _LEFTOVERS = ("checkpoint-*", ".global_step*.unfinished-*")
 
@@ -28,11 +30,29 @@ def whole_checkpoints(checkpoint_dir: Path) -> Iterator[tuple[int, Path]]:
 def publish(unfinished: Path, final: Path) -> None:
     """Renames a written checkpoint to its name and points `latest` at it; one that is there already gives way."""
     outputs.share(unfinished)
+    sizes = {str(file.relative_to(unfinished)): file.stat().st_size for file in unfinished.rglob("*") if file.is_file()}
+    (unfinished / _FILES).write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
     replaced = _being_removed(final) if final.exists() else None
     unfinished.rename(final)
     if replaced is not None:
         shutil.rmtree(replaced)
     outputs.write_text(final.parent / "latest", final.name)
+
+
+def damage(folder: Path) -> Iterator[str]:
+    """The files of a published checkpoint that are missing or of another size than when they were written.
+
+    A Trainer that finds no optimizer state starts a new one without a word, so this is looked at before.
+    """
+    try:
+        sizes = json.loads((folder / _FILES).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        yield _FILES
+        return
+    for name, size in sizes.items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != size:
+            yield name
 
 
 def prune(checkpoint_dir: Path, keep_last: int) -> None:

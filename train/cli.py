@@ -5,8 +5,11 @@ return cli.run(UploadSettings, upload, argv, description=__doc__, example="...")
 
 from __future__ import annotations
 
+import io
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,11 @@ def run(
 
     What the user can mend becomes one message on stderr; anything else keeps its traceback and exits with 1.
     """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is half-written goes, as with Ctrl-C
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show ends nothing
     try:
         settings = settings_module.parse(
             settings_class,

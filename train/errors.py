@@ -27,6 +27,7 @@ _USER_ERRNOS = {
     errno.EPERM: "not permitted: choose another path or change its permissions.",
     errno.EROFS: "the file system is read-only: choose another output.",
     errno.ENOENT: "there is no such file: check the path.",
+    errno.ENAMETOOLONG: "the name is too long for this file system: choose a shorter one.",
     errno.EISDIR: "this is a folder, a file is expected here.",
     errno.ENOTDIR: "a part of this path is a file, a folder is expected there.",
 }

@@ -68,7 +68,8 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"{file} is missing: {path} was not finished by its step; run that step again.") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{file} is not a manifest ({error}): run the step that made it again.") from None
-    if not isinstance(record, dict) or "step" not in record or "results" not in record:
+    sections = [record.get(name) for name in ("settings", "results")] if isinstance(record, dict) else [None]
+    if not all(isinstance(section, dict) for section in sections) or "step" not in record:
         raise UserError(f"{file} is not a manifest (no step, no results): run the step that made it again.")
     return record
 

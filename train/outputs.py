@@ -19,6 +19,7 @@ from pathlib import Path
 from train.errors import UserError
 
 _MARK = ".unfinished-"
+MADE_BY_US = ("manifest.json", "tokenizer_config.json", ".git")  # also a converted tokenizer, and an engine's checkout
 
 
 @contextmanager
@@ -45,7 +46,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yields an empty temporary folder; it becomes `path` when the block ends without an exception.
 
     An existing empty folder is taken as no output. With `overwrite` the old folder goes only once the new one is
-    whole.
+    whole, and only if one of our steps made it: its manifest is inside, or beside it as NAME.manifest.json.
 
     Raises:
         UserError: `path` exists and `overwrite` is false, is a file, or cannot be written.
@@ -53,6 +54,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     if path.is_file():
         raise UserError(f"{path} is a file, a folder name was expected: choose another output.")
     _refuse_existing(path, overwrite=overwrite)
+    refuse_foreign(path)
     unfinished = _unfinished_name(path)
     unfinished.mkdir()
     try:
@@ -93,6 +95,18 @@ def write_text(path: Path, text: str) -> None:
     """Writes a small file whole, replacing what is there."""
     with new_file(path, overwrite=True) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Refuses to replace a folder that no step of ours made: --overwrite is for our outputs, not for yours.
+
+    Raises:
+        UserError: the folder is not empty and has no manifest.
+    """
+    beside = folder.absolute().with_name(folder.absolute().name + ".manifest.json")
+    made_by_us = any((folder / name).is_file() for name in MADE_BY_US) or beside.is_file()
+    if folder.is_dir() and any(folder.iterdir()) and not made_by_us:
+        raise UserError(f"{folder} was not made by this step (it has no manifest): choose another output, or empty it.")
 
 
 def share(folder: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train import manifest, outcome, outputs, process, same_run, settings
-from train.checkpoint_folders import remove_leftovers
+from train.checkpoint_folders import damage, remove_leftovers
 from train.cluster import allocation as allocations
 from train.cluster.allocation import Allocation
 from train.deepspeed_ops import place_ops
@@ -114,6 +114,13 @@ def check_resume(run_folder: RunFolder, identity: dict[str, Any]) -> None:
     again = "use what it used, choose another --job_name, or --overwrite to start again"
     if not run_folder.identity.is_file():
         raise UserError(f"{run_folder.checkpoint_dir} holds checkpoints that no run here has begun: {again}.")
+    step_dir = run_folder.step_dir(run_folder.latest_step() or 0)
+    damaged = list(damage(step_dir))
+    if damaged:
+        raise UserError(
+            f"{step_dir} is damaged ({', '.join(damaged)}: missing or of another size): move it away to go on from the"
+            " checkpoint before it, or --overwrite to start again."
+        )
     former = json.loads(run_folder.identity.read_text(encoding="utf-8"))
     found = []
     for path, before, now in same_run.differences(former, identity):
@@ -236,8 +243,12 @@ def _id_problems(part: BlendPart, tokenizer: Path, vocab_size: int) -> Iterator[
     results = manifest.read(file)["results"] if file.is_file() else {}
     if "tokenizer_sha256" in results and results["tokenizer_sha256"] != manifest.sha256(tokenizer):
         yield f"{part.prefix} was tokenized with another tokenizer than {tokenizer}: preprocess it again."
-    elif results.get("tokens") != part.tokens or "tokenizer_sha256" not in results:
-        print(f"{part.prefix} has no manifest of its own: reading all of its ids", flush=True)
+    elif (
+        results.get("tokens") != part.tokens
+        or "tokenizer_sha256" not in results
+        or Path(f"{part.prefix}.bin").stat().st_mtime > file.stat().st_mtime
+    ):
+        print(f"{part.prefix} has no manifest, or changed after it: reading all of its ids", flush=True)
         _, largest = id_range(IndexedDataset(part.prefix))
         if largest >= vocab_size:
             yield (

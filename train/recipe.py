@@ -9,6 +9,8 @@ from it. None means "from the model size" or "as the engine has it"; `resolved()
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +46,10 @@ class ModelSettings:
                 yield f"--{name} {value}: it must be at least 1."
         if self.sequence_length < 2:
             yield f"--sequence_length {self.sequence_length}: it must be at least 2."
+        for name in ("init_method_std", "norm_epsilon", "rope_theta"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                yield f"--{name} {value}: it must be above 0."
         if not 0 <= self.dropout < 1:
             yield f"--dropout {self.dropout}: it must be at least 0 and below 1."
 
@@ -64,8 +70,10 @@ class DataSettings:
             parts = [float(part) for part in self.split.split(",")]
         except ValueError:
             parts = []
-        if len(parts) not in (1, 2, 3) or any(part < 0 for part in parts) or sum(parts) <= 0:
-            yield f"--split {self.split!r}: three proportions such as 949,50,1 were expected."
+        if not 1 <= len(parts) <= 3 or not all(0 <= part < math.inf for part in parts) or parts[0] == 0:
+            yield f"--split {self.split!r}: three proportions such as 949,50,1 were expected, the first above 0."
+        if self.num_workers < 0:
+            yield f"--num_workers {self.num_workers}: it must be 0 or more."
 
 
 @dataclass(frozen=True)
@@ -89,9 +97,21 @@ class TrainingSettings:
     seed: int = setting(1234, help="seed of initial weights and data order")
 
     def problems(self) -> Iterator[str]:
-        for name in ("train_tokens", "micro_batch_size"):
-            if getattr(self, name) < 1:
-                yield f"--{name} {getattr(self, name)}: it must be at least 1."
+        for name in ("train_tokens", "micro_batch_size", "global_batch_size", "lr_decay_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                yield f"--{name} {value}: it must be at least 1."
+        for name in ("min_lr", "lr_warmup_tokens", "weight_decay", "clip_grad"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                yield f"--{name} {value}: it must be 0 or more."
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                yield f"--{name} {getattr(self, name)}: it must be at least 0 and below 1."
+        if self.adam_epsilon <= 0:
+            yield f"--adam_epsilon {self.adam_epsilon}: it must be above 0."
+        if not 0 <= self.seed < 2**32:
+            yield f"--seed {self.seed}: it must be at least 0 and below 2^32."
         if self.lr is not None and self.lr <= 0:
             yield f"--lr {self.lr}: it must be above 0."
         if self.lr is not None and self.min_lr is not None and self.min_lr > self.lr:
@@ -151,6 +171,9 @@ class CheckpointSettings:
     eval_iters: int = setting(100, help="batches per evaluation")
 
     def problems(self) -> Iterator[str]:
+        name = self.job_name
+        if name is not None and (name in ("", ".", "..") or not re.fullmatch(r"[^/\0]{1,150}", name)):
+            yield f"--job_name {name!r}: a plain name of at most 150 characters was expected, without a slash."
         if self.save_interval < 1:
             yield f"--save_interval {self.save_interval}: it must be at least 1."
         for name in ("keep_last", "eval_interval", "eval_iters"):

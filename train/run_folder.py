@@ -14,12 +14,12 @@ output_model_dir/
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from train.checkpoint_folders import whole_checkpoints
+from train.monitor import progress
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,7 @@ class RunFolder:
         """All progress lines so far; a last line that is still being written is left out."""
         if not self.metrics.is_file():
             return []
-        lines = self.metrics.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1] if line]
+        return list(progress.records(self.metrics))
 
 
 def of_checkpoint(step_dir: Path) -> RunFolder | None:

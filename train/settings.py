@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
@@ -27,6 +28,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 from train.errors import UserError, refuse
 
 Settings = TypeVar("Settings")
+_LARGEST_COUNT = 2.0**63  # what the engines' 64-bit integers hold
 _COUNT_SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
@@ -67,6 +69,8 @@ def count(text: Any) -> Any:
     try:
         value = float(plain[:-1] if factor > 1 else plain) * factor
     except ValueError:
+        return text
+    if not abs(value) < _LARGEST_COUNT:  # infinity and NaN too
         return text
     return round(value) if abs(value - round(value)) < 1e-6 else text
 
@@ -140,7 +144,7 @@ def build(cls: type[Settings], given: Mapping[str, Any]) -> Settings:
         built = TypeAdapter(cls).validate_python(_with_all_sections(cls, given))
     except ValidationError as error:
         raise UserError(_type_problem(item, paths) for item in error.errors(include_url=False)) from None
-    refuse(_choice_problems(built, paths))
+    refuse(_value_problems(built, paths))
     refuse(_own_problems(built))
     return built
 
@@ -159,6 +163,8 @@ def read_yaml(file: Path) -> dict[str, Any]:
         raise UserError(f"{file} is not a file: name a YAML recipe.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not YAML: {error}") from None
+    except RecursionError:
+        raise UserError(f"{file} is nested too deeply to be a recipe: it has sections of settings, no more.") from None
     if given is None:
         return {}
     if not isinstance(given, dict):
@@ -336,12 +342,14 @@ def _type_problem(item: Mapping[str, Any], paths: Mapping[tuple[str, ...], _Leaf
     return f"{flag} {item['input']!r}: {item['msg'][0].lower() + item['msg'][1:]}."
 
 
-def _choice_problems(built: Any, paths: Mapping[tuple[str, ...], _Leaf]) -> Iterator[str]:
+def _value_problems(built: Any, paths: Mapping[tuple[str, ...], _Leaf]) -> Iterator[str]:
     for path, leaf in paths.items():
         choices = leaf.field.metadata.get("choices")
         value = built
         for name in path:
             value = getattr(value, name)
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"--{leaf.name} {value}: a finite number was expected."
         if choices and value is not None and str(value) not in choices:
             hint = _nearest(str(value), choices)
             yield f"--{leaf.name} {value!r} is not one of {', '.join(choices)}.{hint}"

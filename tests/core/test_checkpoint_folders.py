@@ -26,7 +26,7 @@ def test_step_that_is_trained_again_replaces_its_checkpoint(tmp_path: Path) -> N
         file.parent.mkdir()
         file.touch()
     checkpoint_folders.publish(unfinished, tmp_path / "global_step4")
-    assert [file.name for file in (tmp_path / "global_step4").iterdir()] == ["new"]
+    assert sorted(file.name for file in (tmp_path / "global_step4").iterdir()) == ["files.json", "new"]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["global_step4", "latest"]
 
 
@@ -55,3 +55,18 @@ def test_weights_are_readable_by_the_team(tmp_path: Path) -> None:
     checkpoint_folders.publish(unfinished, tmp_path / "global_step4")
     (tmp_path / "other").touch()
     assert (tmp_path / "global_step4" / "model.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_what_is_missing_or_cut_short_is_named(tmp_path: Path) -> None:
+    unfinished = tmp_path / "checkpoint-4"
+    (unfinished / "inner").mkdir(parents=True)
+    for name in ("whole", "missing", "inner/short"):
+        (unfinished / name).write_text("four")
+    step = tmp_path / "global_step4"
+    checkpoint_folders.publish(unfinished, step)
+    assert list(checkpoint_folders.damage(step)) == []
+    (step / "missing").unlink()
+    (step / "inner" / "short").write_text("fou")
+    assert sorted(checkpoint_folders.damage(step)) == ["inner/short", "missing"]
+    (step / "files.json").unlink()
+    assert list(checkpoint_folders.damage(step)) == ["files.json"]

@@ -45,13 +45,24 @@ def test_an_existing_output_is_kept_without_overwrite(tmp_path):
 def test_an_old_folder_goes_only_when_the_new_one_is_whole(tmp_path):
     target = tmp_path / "b"
     target.mkdir()
-    (target / "old").write_text("old")
+    (target / "manifest.json").write_text("old")
     with pytest.raises(ValueError), outputs.new_folder(target, overwrite=True):
         raise ValueError
-    assert (target / "old").read_text() == "old"
+    assert (target / "manifest.json").read_text() == "old"
     with outputs.new_folder(target, overwrite=True) as folder:
         (folder / "new").write_text("new")
     assert [file.name for file in target.iterdir()] == ["new"]
+
+
+def test_overwrite_is_for_our_outputs_only(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    with (
+        pytest.raises(UserError, match="was not made by this step"),
+        outputs.new_folder(tmp_path / "mine", overwrite=True),
+    ):
+        pass
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
 
 
 def test_an_empty_folder_is_no_output(tmp_path):

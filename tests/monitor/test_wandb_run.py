@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from train.errors import UserError
 from train.monitor import wandb_run
 from train.recipe import LoggingSettings
 
@@ -32,6 +33,9 @@ def test_a_login_in_netrc_or_a_key_is_online(tmp_path, monkeypatch):
 def test_the_users_own_mode_wins(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert wandb_run.choose_mode(tmp_path)[0] == "disabled"
+    monkeypatch.setenv("WANDB_MODE", "foo")
+    with pytest.raises(UserError, match="WANDB_MODE=foo is not one of online, offline"):
+        wandb_run.choose_mode(tmp_path)
 
 
 def test_the_group_fits_and_keeps_host_and_time():

@@ -6,9 +6,11 @@ Both engines write the same keys: `step`, `tokens`, `loss`, `lr`, `grad_norm`, `
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +73,17 @@ def cut_after(metrics: Path, step: int) -> None:
     """Drops what an interrupted run reported beyond `step`, from which it now goes on."""
     if not metrics.is_file():
         return
-    lines = [line for line in metrics.read_text(encoding="utf-8").split("\n")[:-1] if line]
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
-    outputs.write_text(metrics, "".join(line + "\n" for line in kept))
+    kept = [json.dumps(record) + "\n" for record in records(metrics) if record["step"] <= step]
+    outputs.write_text(metrics, "".join(kept))
+
+
+def records(metrics: Path) -> Iterator[dict[str, Any]]:
+    """What was reported so far. A line that is still being written, or that a crash left in pieces, is left out."""
+    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                yield record
 
 
 def duration(seconds: float) -> str:

@@ -14,6 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from train.errors import UserError
+
+_MODES = ("online", "offline", "disabled", "shared")
+
 
 class WandbSettings(Protocol):
     """The settings of a recipe that concern W&B."""
@@ -69,8 +73,11 @@ def group_name(kind: str, run_name: str, host: str) -> str:
 
 def choose_mode(home: Path | None = None) -> tuple[str, str]:
     """`online`, `offline` or what WANDB_MODE says, and why."""
-    if os.environ.get("WANDB_MODE"):
-        return os.environ["WANDB_MODE"], "WANDB_MODE says so"
+    asked = os.environ.get("WANDB_MODE")
+    if asked:
+        if asked not in _MODES:
+            raise UserError(f"WANDB_MODE={asked} is not one of {', '.join(_MODES)}: unset it or choose one.")
+        return asked, "WANDB_MODE says so"
     if os.environ.get("WANDB_API_KEY"):
         return "online", "WANDB_API_KEY is set"
     file = (home or Path.home()) / ".netrc"
@@ -78,6 +85,6 @@ def choose_mode(home: Path | None = None) -> tuple[str, str]:
     try:
         if netrc.netrc(str(file)).authenticators(host) is not None:
             return "online", f"logged in to {host}"
-    except (OSError, netrc.NetrcParseError):  # none, or not ours to read
+    except (OSError, UnicodeDecodeError, netrc.NetrcParseError):  # none, or not ours to read
         pass
     return "offline", f"no login for {host}; 'wandb login', or 'wandb sync' the run later"
