@@ -54,6 +54,11 @@ BAD_SETTINGS = [
     ({"response_template": "### Human:"}, "are the same"),
     ({"wandb_project": "p"}, "--wandb_project has no effect without --use_wandb"),
     ({"too_long": "cut"}, "--too_long 'cut' is not one of truncate, drop"),
+    ({"seed": 2**32}, "--seed 4294967296: it must be at most 4294967295"),
+    ({"seed": -1}, "--seed -1: it must not be negative"),
+    ({"weight_decay": -0.1}, "--weight_decay -0.1: it must not be negative"),
+    ({"max_grad_norm": -1}, "--max_grad_norm -1.0: it must not be negative"),
+    ({"output_dir": "/"}, "--output_dir / is no folder that can be made"),
     ({"lerning_rate": 1}, "did you mean --learning_rate?"),
 ]
 
@@ -66,7 +71,15 @@ def test_bad_settings(
     assert message in capsys.readouterr().err
 
 
+def test_an_empty_special_token_is_refused() -> None:
+    settings = FinetuneSettings("owner/name", Path("out"), additional_special_tokens=("<a>", ""))
+    assert [*settings.problems()] == [
+        "--additional_special_tokens: a token is empty; name the tokens, or leave the flag out."
+    ]
+
+
 def _write(file: Path, content: str) -> Path:
+    file.parent.mkdir(exist_ok=True)
     file.write_text(content)
     return file
 
@@ -105,7 +118,18 @@ BAD_INPUTS: list[tuple[Callable[[Path, Path], dict[str, Any]], str]] = [
         "zero_optimization is no JSON object",
     ),
     (lambda tmp, base: {"output_dir": _write(tmp / "o", "x")}, "is a file, a folder name was expected"),
-    (lambda tmp, base: {"output_dir": base}, "exists already: pass --overwrite"),
+    (lambda tmp, base: {"output_dir": _write(tmp / "o" / "x", "x").parent}, "exists already: pass --overwrite"),
+    (
+        lambda tmp, base: {"output_dir": _write(tmp / "o" / "tokenizer_config.json", "{}").parent, "overwrite": True},
+        "holds no manifest.json, so no step made it",
+    ),
+    (lambda tmp, base: {"output_dir": base, "overwrite": True}, "are one folder, or one lies inside the other"),
+    (lambda tmp, base: {"output_dir": base.parent, "overwrite": True}, "are one folder, or one lies inside the other"),
+    (lambda tmp, base: {"output_dir": base / "finetuned"}, "are one folder, or one lies inside the other"),
+    (
+        lambda tmp, base: {"tokenizer_name_or_path": _copy(base, tmp / "t"), "output_dir": tmp / "t" / "o"},
+        "and --tokenizer_name_or_path",
+    ),
     (lambda tmp, base: {"max_seq_length": 129}, "--max_seq_length 129: the model has 128 positions"),
     (lambda tmp, base: {"max_seq_length": 8}, "have no answer within --max_seq_length 8"),
     (lambda tmp, base: {"max_seq_length": 8, "too_long": "drop"}, "12 were longer than --max_seq_length 8"),
@@ -213,11 +237,42 @@ def test_an_unfinished_run_with_other_settings_is_not_continued(
     monkeypatch.setattr(launch.process, "run", lambda command, *, log: 1)
     assert call(*argv(files)) == 1
     assert "broke off with status 1" in capsys.readouterr().err
+    _add_checkpoint(files)
     assert call(*argv(files, learning_rate=1e-3, num_processes=2)) == 2
     told = capsys.readouterr().err
     assert "learning_rate (5e-05, now 0.001)" in told and "processes (1, now 2)" in told and "--resume never" in told
     assert call(*argv(files, learning_rate=1e-3, resume="never")) == 1
     assert not files["output_dir"].exists()
+
+
+def _add_checkpoint(files: dict[str, Any]) -> Path:
+    folder = launch.FinetuneFolder(files["output_dir"])
+    checkpoint = folder.checkpoint_dir / "checkpoint-1"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "whole").touch()
+    return checkpoint
+
+
+def test_without_a_checkpoint_a_corrected_setting_starts_anew(
+    files: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch.process, "run", lambda command, *, log: 1)
+    assert call(*argv(files, learning_rate=9)) == 1
+    assert call(*argv(files, learning_rate=1e-3)) == 1
+    folder = launch.FinetuneFolder(files["output_dir"])
+    assert json.loads(folder.identity.read_text())["settings"]["learning_rate"] == 1e-3
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\udcff"])
+def test_a_damaged_identity_is_no_run_to_go_on_with(
+    files: dict[str, Any], content: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch.process, "run", lambda command, *, log: 1)
+    assert call(*argv(files)) == 1
+    checkpoint = _add_checkpoint(files)
+    launch.FinetuneFolder(files["output_dir"]).identity.write_bytes(content.encode(errors="surrogateescape"))
+    assert call(*argv(files)) == 1
+    assert not checkpoint.exists()
 
 
 def test_an_edited_deepspeed_file_is_another_input(
@@ -230,6 +285,7 @@ def test_an_edited_deepspeed_file_is_another_input(
     assert folder.deepspeed_config.read_text() == own.read_text()  # what the ranks read, and what is handed over
     assert f"deepspeed_config: {folder.deepspeed_config}" in folder.plan.read_text()
     capsys.readouterr()
+    _add_checkpoint(files)
     own.write_text('{"zero_optimization": {"stage": 3}}')
     assert call(*argv(files, deepspeed=own)) == 2
     assert "unfinished run that differs in inputs" in capsys.readouterr().err

@@ -6,12 +6,15 @@ goes on. When all is proven, `whole/` inside it is renamed to the output: that n
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from train import outputs
+from train import manifest, outputs
+from train.errors import UserError
 from train.finetune.settings import FinetuneSettings
 from train.settings import setting
 
@@ -104,7 +107,30 @@ class FinetuneFolder:
 
     def is_unfinished(self) -> bool:
         """Whether there is a run to go on with."""
-        return self.identity.is_file()
+        return self.former_identity() is not None
+
+    def former_identity(self) -> dict[str, Any] | None:
+        """The unfinished run's identity; None without one, and for a file that is damaged: nothing can trust it."""
+        try:
+            former = json.loads(self.identity.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        return former if isinstance(former, dict) else None
+
+    def refuse_foreign_output(self) -> None:
+        """Refuses to replace a folder that no step made: --overwrite is for outputs, not for somebody's files.
+
+        Stricter than `outputs.refuse_foreign`: a tokenizer_config.json is in every model that was downloaded.
+
+        Raises:
+            UserError: the output is there, is not empty, and holds no manifest.
+        """
+        is_in_use = self.output.is_dir() and any(self.output.iterdir())
+        if is_in_use and not (self.output / manifest.FILE_NAME).is_file():
+            raise UserError(
+                f"--output_dir {self.output} holds no {manifest.FILE_NAME}, so no step made it and --overwrite does "
+                "not replace it: choose another output, or empty it."
+            )
 
     def checkpoint(self) -> Path | None:
         """The newest whole checkpoint: a run killed while saving leaves one without its mark."""

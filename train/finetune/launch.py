@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train import manifest, outcome, process
+from train import manifest, outcome, outputs, process, same_run
 from train import settings as settings_module
 from train.checkpoint import lineage, verification
 from train.cluster import allocation as allocations
@@ -85,12 +84,13 @@ def finetune(settings: FinetuneSettings) -> int:
         raise UserError(
             f"--output_dir {folder.output} exists already: pass --overwrite to replace it, or choose another."
         )
+    folder.refuse_foreign_output()
     _check_machine(settings, where)
     with _claimed(folder):
         identity = _identity(plain, found, where)
         resume_from = _begin(settings, folder, identity)
         account, eval_account, plan = _prepare(settings, found, where, folder, resume_from)
-        folder.identity.write_text(json.dumps(identity, indent=2) + "\n")  # from here on one can go on with it
+        outputs.write_text(folder.identity, json.dumps(identity, indent=2) + "\n")  # from here on one can go on with it
         _train(plan, where, folder)
         checks = _prove(folder)
         folder.add_records()
@@ -240,12 +240,7 @@ def _identity(plain: Mapping[str, Any], found: _Inputs, where: Allocation) -> di
 @contextlib.contextmanager
 def _claimed(folder: FinetuneFolder) -> Iterator[None]:
     """Keeps a second launch with the same output away."""
-    folder.root.mkdir(parents=True, exist_ok=True)
-    with (folder.root / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder.output} is being made by another process: wait for it.") from None
+    with same_run.claimed(folder.root / "lock", str(folder.output)):
         try:
             yield
         finally:
@@ -257,17 +252,17 @@ def _begin(settings: FinetuneSettings, folder: FinetuneFolder, identity: dict[st
     """Starts anew or goes on: the checkpoint to go on from, or None.
 
     Raises:
-        UserError: an unfinished run with other settings or inputs is in the way.
+        UserError: the checkpoints of a run with other settings or inputs are in the way.
     """
-    if folder.is_unfinished() and settings.resume == "auto":
-        former = json.loads(folder.identity.read_text(encoding="utf-8"))
-        differences = list(_differences(former, identity))
-        if differences:
-            raise UserError(
-                f"{folder.output} has an unfinished run that differs in {'; '.join(differences)}: use what it used, or "
-                "pass --resume never to start again."
-            )
-    else:
+    former = folder.former_identity() if settings.resume == "auto" else None
+    differences = [] if former is None else list(same_run.differences(former, identity))
+    if differences and folder.checkpoint() is not None:
+        told = (f"{_difference_name(keys)} ({before!r}, now {now!r})" for keys, before, now in differences)
+        raise UserError(
+            f"{folder.output} has an unfinished run that differs in {'; '.join(told)}: use what it used, or "
+            "pass --resume never to start again."
+        )
+    if former is None or differences:  # without a checkpoint nothing is lost: the setting that failed was mended
         for path in folder.root.iterdir():
             if path.name != "lock":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -281,12 +276,9 @@ def _begin(settings: FinetuneSettings, folder: FinetuneFolder, identity: dict[st
     return checkpoint
 
 
-def _differences(former: Any, current: Any, path: str = "") -> Iterator[str]:
-    if isinstance(former, dict) and isinstance(current, dict):
-        for key in sorted(former.keys() | current.keys()):
-            yield from _differences(former.get(key), current.get(key), key if path in ("", "settings") else path)
-    elif former != current:
-        yield f"{path} ({former!r}, now {current!r})"
+def _difference_name(keys: tuple[str, ...]) -> str:
+    """The setting's own name; of the inputs, whose keys are paths, the first word says enough."""
+    return keys[1] if keys[0] == "settings" and len(keys) > 1 else keys[0]
 
 
 def _prepare(

@@ -30,6 +30,7 @@ _AT_LEAST_ONE = (
     "save_total_limit",
 )
 _NOT_NEGATIVE = ("num_processes", "weight_decay", "max_grad_norm", "save_steps", "eval_steps", "show_examples", "seed")
+_LARGEST_SEED = 2**32 - 1  # what NumPy, and with it transformers, takes
 
 
 @dataclass(frozen=True)
@@ -140,11 +141,31 @@ class FinetuneSettings:
             yield "--deepspeed and --zero_stage exclude each other: the file states its own stage."
         if self.eval_steps and not self.eval_data_files:
             yield f"--eval_steps {self.eval_steps} has no effect without --eval_data_files: add them."
+        if self.seed > _LARGEST_SEED:
+            yield f"--seed {self.seed}: it must be at most {_LARGEST_SEED}."
+        if "" in self.additional_special_tokens:
+            yield "--additional_special_tokens: a token is empty; name the tokens, or leave the flag out."
+        yield from self._folder_problems()
         yield from self._template_problems()
         if not self.use_wandb:
             for name in ("wandb_entity", "wandb_project", "wandb_group", "wandb_tag"):
                 if getattr(self, name):
                     yield f"--{name} has no effect without --use_wandb: add it."
+
+    def _folder_problems(self) -> Iterator[str]:
+        output = self.output_dir.resolve()
+        if not output.name:
+            yield f"--output_dir {self.output_dir} is no folder that can be made: name one, such as out/model."
+        for flag in ("model_name_or_path", "tokenizer_name_or_path"):
+            given = getattr(self, flag)
+            if not given or not Path(given).is_dir():
+                continue
+            source = Path(given).resolve()
+            if source == output or source in output.parents or output in source.parents:
+                yield (
+                    f"--output_dir {self.output_dir} and --{flag} {given} are one folder, or one lies inside the "
+                    "other: choose another output."
+                )
 
     def _template_problems(self) -> Iterator[str]:
         for name in ("instruction_template", "response_template"):
