@@ -277,6 +277,20 @@ def test_all_problems_of_the_settings_come_at_once(tmp_path: Path, launch: Launc
         assert f"--{flag} " in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "limits"),
+    [
+        ("vocab_size", 1, "2 to 2147483647"),
+        ("vocab_size", 2**31, "2 to 2147483647"),
+        ("num_threads", 0, "1 to 1024"),
+        ("num_threads", 1025, "1 to 1024"),
+    ],
+)
+def test_numbers_that_sentencepiece_does_not_take(tmp_path: Path, name: str, value: int, limits: str) -> None:
+    (told,) = settings(tmp_path / "a.jsonl", tmp_path / "t", **{name: value}).problems()
+    assert told.startswith(f"--{name} {value}: SentencePiece takes {limits}")
+
+
 def test_an_output_that_cannot_be_written_is_met_before_the_work(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file, a folder was expected"):

@@ -31,6 +31,8 @@ STEP = "train_tokenizer"
 # Scores are rounded to this, so that sums of them are exact in SentencePiece's 32-bit floats as in Hugging Face's
 # 64-bit ones: else pieces of equal cost ("====", runs of spaces) are split one way here and another way there.
 _SCORE_UNITS = 64
+_LARGEST_VOCABULARY = 2**31 - 1  # SentencePiece counts pieces in 32 bits
+_MOST_THREADS = 1024
 # Another name or machine is no reason to train again, though the number of threads moves the last digits of scores.
 _WORKING_SETTINGS = ("model_prefix", "num_threads")
 _MODEL_TYPES = ("unigram", "bpe", "word", "char")
@@ -60,12 +62,15 @@ class TrainTokenizerSettings:
     dry_run: bool = setting(False, flag_only=True, help="print what would be done, and do nothing")
 
     def problems(self) -> Iterator[str]:
-        if self.vocab_size < 1:
-            yield f"--vocab_size {self.vocab_size}: a vocabulary has at least one piece, usually 32000 to 100000."
+        if not 2 <= self.vocab_size <= _LARGEST_VOCABULARY:
+            yield (
+                f"--vocab_size {self.vocab_size}: SentencePiece takes 2 to {_LARGEST_VOCABULARY}; usual are 32000 to "
+                "100000."
+            )
         if self.input_sentence_size < 0:
             yield f"--input_sentence_size {self.input_sentence_size}: give a number of lines, or 0 for all."
-        if self.num_threads < 1:
-            yield f"--num_threads {self.num_threads}: at least one thread is needed."
+        if not 1 <= self.num_threads <= _MOST_THREADS:
+            yield f"--num_threads {self.num_threads}: SentencePiece takes 1 to {_MOST_THREADS}."
         if not 0.98 <= self.character_coverage <= 1.0:
             yield f"--character_coverage {self.character_coverage}: SentencePiece takes 0.98 to 1.0."
         if self.model_prefix.name in ("", ".."):
