@@ -179,6 +179,11 @@ def test_folder_refusals(tmp_path: Path, tiny_model: Path) -> None:
             "there is no <EOD> to count",
         ),
         ({"input": ("a",), "output_prefix": Path("p"), "json_key": ""}, "--json_key is empty"),
+        ({"input": ("a",), "output_prefix": Path("p"), "json_key": "a/b"}, "--json_key a/b: it becomes part"),
+        *(
+            ({"input": ("a",), "output_prefix": Path(prefix)}, f"--output_prefix {prefix}: give a name")
+            for prefix in ("/", ".", "..", "data/..")
+        ),
     ],
 )
 def test_settings_that_contradict_themselves(changes: dict[str, Any], message: str) -> None:
