@@ -96,7 +96,7 @@ class PreprocessSettings:
             found.append("--json_key is empty: name the key that holds the text.")
         if "/" in self.json_key:
             found.append(
-                f"--json_key {self.json_key}: it becomes part of the outputs' names, which hold no slash; rename the key."
+                f"--json_key {self.json_key}: it becomes part of the outputs' names, which hold no slash; rename it."
             )
         if self.output_prefix is not None and self.output_prefix.name in ("", ".."):
             found.append(f"--output_prefix {self.output_prefix}: give a name, such as corpus or data/corpus.")
