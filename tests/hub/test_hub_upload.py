@@ -145,6 +145,7 @@ def test_weights_of_an_earlier_upload_do_not_stay(hub: HubServer, model_folder: 
         ({"token": "hf_nobodys"}, "does not accept the token (401)"),
         ({"token": READ_ONLY_TOKEN}, "may not write to me/tiny (403)"),
         ({"name": "somebody/tiny"}, "may not write to somebody/tiny (403)"),
+        ({"token": "hf_あ"}, "the token is not valid"),
         ({"token": ""}, "run `hf auth login`, or set HF_TOKEN"),
         ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"),
         ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "the connection to the Hub failed"),
@@ -242,6 +243,8 @@ def test_an_unproven_folder_is_refused_before_anything_is_sent(
         ("--revision", "a b", "is not a branch name"),
         ("--revision", "refs/pr/1", "is not a branch name"),
         ("--private", "--public", "exclude each other"),
+        ("--output_dir", "/", "--output_dir /: give the name of a folder"),
+        ("--output_dir", "..", "--output_dir ..: give the name of a folder"),
     ],
 )
 def test_bad_settings_are_refused(flag: str, value: str, message: str, hub: HubServer, upload: Upload) -> None:
@@ -249,6 +252,14 @@ def test_bad_settings_are_refused(flag: str, value: str, message: str, hub: HubS
     assert done.returncode == 2
     assert message in done.stderr
     assert hub.requests == []
+
+
+def test_the_folder_to_upload_is_no_output(hub: HubServer, model_folder: Path, upload: Upload) -> None:
+    before = expected_files(model_folder)
+    done = upload("--output_dir", str(model_folder), "--overwrite")
+    assert done.returncode == 2
+    assert "is the folder to upload: choose another output" in done.stderr
+    assert expected_files(model_folder) == before
 
 
 def test_files_can_be_prepared_without_network_or_token(

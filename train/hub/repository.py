@@ -25,11 +25,14 @@ def sign_in(name: str) -> str:
     """
     import huggingface_hub
 
-    if huggingface_hub.get_token() is None:
+    token = huggingface_hub.get_token()
+    if token is None:
         raise UserError(
             "there is no token for the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN to one with write "
             "permission (https://huggingface.co/settings/tokens)."
         )
+    if not token.isascii():  # it cannot even be sent: the client would end in a UnicodeEncodeError
+        raise UserError("the token is not valid, it holds letters that no token has: set HF_TOKEN to a whole one.")
     with _clear_errors(name):
         user = huggingface_hub.whoami()["name"]
     return name if "/" in name else f"{user}/{name}"

@@ -62,6 +62,11 @@ class UploadSettings:
             yield "--commit_message is empty: say what this upload is."
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", self.revision) or self.revision.startswith("refs/"):
             yield f"--revision {self.revision!r} is not a branch name: letters, digits, and - _ . / between them."
+        if self.output_dir is not None:
+            if self.output_dir.name in ("", ".."):
+                yield f"--output_dir {self.output_dir}: give the name of a folder to make, such as prepared."
+            elif self.output_dir.resolve() == self.input_tokenizer_and_model_dir.resolve():
+                yield f"--output_dir {self.output_dir} is the folder to upload: choose another output."
 
 
 def upload(settings: UploadSettings) -> int:
