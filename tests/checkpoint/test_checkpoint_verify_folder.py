@@ -195,7 +195,14 @@ def test_a_folder_from_elsewhere_is_checked_in_itself(converted: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("{", "is not JSON"), ("{}", "no files"), ('{"passed": false, "files": {}}', "did not pass")]
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("{}", "no files"),
+        ('{"passed": false, "files": {}}', "did not pass"),
+        ('{"passed": true, "files": {"config.json": 3}}', "a file without its size and hash"),
+        ('{"passed": true, "files": {"config.json": {"bytes": 3}}}', "a file without its size and hash"),
+    ],
 )
 def test_a_record_that_proves_nothing_is_refused(converted: Path, text: str, message: str) -> None:
     (converted / "verification.json").write_text(text)

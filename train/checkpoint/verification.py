@@ -72,10 +72,12 @@ def read(folder: Path) -> dict[str, Any] | None:
         record = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON ({error}): {_verify_again(folder)}") from None
     if not isinstance(record, dict) or not isinstance(record.get("files"), dict):
         raise UserError(f"{file} is not a record of a verification (no files): {_verify_again(folder)}")
+    if not all(isinstance(known, dict) and {"bytes", "sha256"} <= known.keys() for known in record["files"].values()):
+        raise UserError(f"{file} is damaged (a file without its size and hash): {_verify_again(folder)}")
     return record
 
 
