@@ -245,7 +245,9 @@ class _Leaf:
         if not self.is_tuple:
             return value
         separator = self.field.metadata.get("separator")
-        return [part for item in value for part in (item.split(separator) if separator else [item]) if part]
+        if separator is None:
+            return value
+        return [part for item in value for part in item.split(separator) if part]
 
 
 class _Parser(argparse.ArgumentParser):

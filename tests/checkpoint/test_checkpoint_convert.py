@@ -240,7 +240,10 @@ def test_another_output_is_replaced_only_with_overwrite(
     settings = settings_for(tokenizer_file, checkpoint, output)
     with pytest.raises(UserError, match="--overwrite"):
         convert(settings)
+    with pytest.raises(UserError, match="was not made by this step"):
+        convert(dataclasses.replace(settings, overwrite=True))
     assert (output / "mine.txt").read_text() == "mine"
+    (output / "manifest.json").write_text('{"step": "older", "settings": {}, "results": {}}')  # a step of ours was here
     convert(dataclasses.replace(settings, overwrite=True))
     assert not (output / "mine.txt").exists()
     assert (output / "verification.json").is_file()
