@@ -25,6 +25,7 @@ from train import settings as settings_module
 from train.checkpoint import lineage, verification
 from train.cluster import allocation as allocations
 from train.cluster.allocation import Allocation
+from train.cluster.ranks import rank_environment, torchrun
 from train.deepspeed_ops import place_ops
 from train.errors import UserError, refuse
 from train.finetune import deepspeed_config, inputs
@@ -115,24 +116,13 @@ def finetune(settings: FinetuneSettings) -> int:
 def build_command(settings: FinetuneSettings, where: Allocation, folder: FinetuneFolder) -> Command:
     """The command that trains on `where`: one process plainly, several or DeepSpeed through torchrun."""
     config = _deepspeed_file(settings, folder)
-    argv = [sys.executable, "-m"]
-    if where.world_size > 1 or config is not None:
-        argv += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(where.processes_per_host), "-m"]
-    argv += ["train.finetune.worker", "--output_dir", str(folder.output)]
-    environment = {
-        "HF_HUB_OFFLINE": "1",  # all is here by now; ranks need not ask
-        "PYTHONUNBUFFERED": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    if config is not None:
-        environment["TORCH_EXTENSIONS_DIR"] = str(folder.extensions_dir)
-    if where.device == "cpu":
-        environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-        # threads that spin while they wait slow everything down several times once the cores are shared
-        environment["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
-        if "OMP_NUM_THREADS" not in os.environ:
-            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // where.processes_per_host))
-    elif where.world_size == 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
+    module = "train.finetune.worker"
+    alone = where.world_size == 1 and config is None
+    argv = [sys.executable, "-m", module] if alone else torchrun(module, where)
+    argv += ["--output_dir", str(folder.output)]
+    environment = rank_environment(where, extensions_dir=folder.extensions_dir)
+    environment["HF_HUB_OFFLINE"] = "1"  # all is here by now; ranks need not ask
+    if where.device == "cuda" and where.world_size == 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
         environment["CUDA_VISIBLE_DEVICES"] = "0"  # else the trainer would spread one process over all GPUs
     files = {}
     if settings.zero_stage:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import sys
 
 from train import settings
 from train.cluster.allocation import Allocation
+from train.cluster.ranks import rank_environment, torchrun
 from train.engine.megatron_deepspeed import checkout
 from train.engine.megatron_deepspeed.arguments import megatron_arguments
 from train.engine.megatron_deepspeed.deepspeed_config import deepspeed_config
@@ -33,9 +32,7 @@ def prepare(recipe: PretrainRecipe, allocation: Allocation, run_folder: RunFolde
         run_folder.recipe: settings.to_yaml(recipe),
         run_folder.deepspeed_config: json.dumps(deepspeed_config(recipe), indent=2) + "\n",
     }
-    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    argv += ["--nproc_per_node", str(allocation.processes_per_host)]
-    argv += ["-m", "train.engine.megatron_deepspeed.worker"]
+    argv = torchrun("train.engine.megatron_deepspeed.worker", allocation)
     argv += ["--recipe", str(run_folder.recipe), "--engine_commit", found.commit, "--", *arguments]
     return Command(tuple(argv), _environment(allocation, run_folder, found), files=files)
 
@@ -146,18 +143,9 @@ def _data_path(recipe: PretrainRecipe) -> tuple[str, ...]:
 
 
 def _environment(allocation: Allocation, run_folder: RunFolder, found: checkout.Checkout) -> dict[str, str]:
-    environment = {
-        "PYTHONPATH": checkout.python_path(found.path),
-        "PYTHONUNBUFFERED": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "TORCH_EXTENSIONS_DIR": str(run_folder.extensions_dir.absolute()),
-    }
-    if "OMP_NUM_THREADS" not in os.environ:  # torchrun would set 1, and an offloaded optimizer would crawl
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // allocation.processes_per_host))
+    environment = rank_environment(allocation, extensions_dir=run_folder.extensions_dir)
+    environment["PYTHONPATH"] = checkout.python_path(found.path)
     if allocation.device == "cpu":
-        environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-        # threads that spin while they wait slow everything down several times once the cores are shared
-        environment["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
         # DeepSpeed's CPU accelerator takes this for the number of devices; its own launcher sets it, torchrun does not
         environment["LOCAL_SIZE"] = str(allocation.processes_per_host)
     return environment

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import sys
 
 from train import settings
 from train.cluster.allocation import Allocation
+from train.cluster.ranks import rank_environment, torchrun
 from train.engine.transformers.deepspeed_config import deepspeed_config
 from train.errors import refuse
 from train.process import Command
@@ -27,20 +26,8 @@ def prepare(recipe: PretrainRecipe, allocation: Allocation, run_folder: RunFolde
     config = deepspeed_config(recipe, allocation)
     if config is not None:
         files[run_folder.deepspeed_config] = json.dumps(config, indent=2) + "\n"
-    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    argv += ["--nproc_per_node", str(allocation.processes_per_host)]
-    argv += ["-m", "train.engine.transformers.worker", "--recipe", str(run_folder.recipe)]
-    environment = {
-        "PYTHONUNBUFFERED": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "TORCH_EXTENSIONS_DIR": str(run_folder.extensions_dir.absolute()),
-    }
-    if "OMP_NUM_THREADS" not in os.environ:  # torchrun would set 1, and an offloaded optimizer would crawl
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // allocation.processes_per_host))
-    if allocation.device == "cpu":
-        environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-        # threads that spin while they wait slow everything down several times once the cores are shared
-        environment["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
+    argv = [*torchrun("train.engine.transformers.worker", allocation), "--recipe", str(run_folder.recipe)]
+    environment = rank_environment(allocation, extensions_dir=run_folder.extensions_dir)
     return Command(tuple(argv), environment, files=files)
 
 
