@@ -14,6 +14,7 @@ from pathlib import Path
 from train import outputs
 
 _STEP = re.compile(r"global_step(\d+)")
+GOLDEN_LOGITS = "golden_logits.safetensors"  # what the training process itself computed when it saved
 _FILES = "files.json"  # names and sizes of all other files of a checkpoint
 # What killed runs leave: the Trainer's own name, a folder that was being saved, one that was being removed.
 _LEFTOVERS = ("checkpoint-*", ".global_step*.unfinished-*")

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from train.data.blend import BlendPart
 
 STEP = "pretrain_model"
-_CURVE_POINTS = 100
 
 
 def pretrain(recipe: PretrainRecipe) -> int:
@@ -267,11 +266,6 @@ def _results(
     seconds: float,
 ) -> dict[str, Any]:
     """The run in numbers, read from its own metrics."""
-    records = run_folder.read_metrics()
-    curve = [(record["step"], record["loss"]) for record in records if "loss" in record]
-    evaluations = [record for record in records if "eval_loss" in record]
-    every = max(1, -(-len(curve) // _CURVE_POINTS))
-    thinned = curve[::every] + ([curve[-1]] if curve and (len(curve) - 1) % every else [])
     return {
         "engine": engine,
         "engine_commit": choose.commit(engine),
@@ -287,11 +281,7 @@ def _results(
         },
         "steps": recipe.train_steps,
         "tokens": recipe.train_steps * recipe.tokens_per_step,
-        "first_loss": curve[0][1] if curve else None,
-        "last_loss": curve[-1][1] if curve else None,
-        "eval_loss": evaluations[-1]["eval_loss"] if evaluations else None,
-        "eval_perplexity": evaluations[-1]["eval_perplexity"] if evaluations else None,
-        "loss_curve": [list(point) for point in thinned],
+        **progress.summary(run_folder.read_metrics()),
         "launch_seconds": round(seconds, 1),
         "checkpoint": str(run_folder.step_dir(recipe.train_steps)),
         "data": [

@@ -95,8 +95,6 @@ class RunFolder:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All progress lines so far; a last line that is still being written is left out."""
-        if not self.metrics.is_file():
-            return []
         return list(progress.records(self.metrics))
 
 

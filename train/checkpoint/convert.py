@@ -15,6 +15,7 @@ from typing import Any
 from train import manifest, outputs
 from train import settings as settings_module
 from train.checkpoint import kind, lineage, parity_texts, verification
+from train.checkpoint_folders import GOLDEN_LOGITS
 from train.errors import UserError
 from train.settings import setting
 from train.tokenizer.convert import convert_tokenizer, read_model
@@ -82,7 +83,7 @@ def convert(settings: ConvertSettings) -> int:
             checkpoint_dir, folder, vocab_size=vocab_size, model_max_length=settings.input_model_max_length
         )
         _write_special_tokens(folder)
-        golden_logits = checkpoint_dir / kind.GOLDEN_LOGITS
+        golden_logits = checkpoint_dir / GOLDEN_LOGITS
         source = verify.Source(
             weights=lambda: export.weights(checkpoint_dir, vocab_size=vocab_size),
             weights_name=result.source,

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train import outputs
-from train.checkpoint_folders import whole_checkpoints
+from train.checkpoint_folders import GOLDEN_LOGITS, whole_checkpoints
 from train.errors import UserError
 
 TRANSFORMERS = "transformers"
 MEGATRON = "megatron"
-GOLDEN_LOGITS = "golden_logits.safetensors"  # what the training process itself computed when it saved
 
 _MEGATRON_PATTERNS = ("mp_rank_*_model_states.pt", "layer_*-model_*-model_states.pt")
 

@@ -18,6 +18,16 @@ from train.errors import UserError, refuse
 
 FILE_NAME = "verification.json"
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
 # The files that make a model folder. All else in it (training state, logs, notes) is neither proven nor uploaded.
 MODEL_FILES = (
     "config.json",
@@ -27,14 +37,7 @@ MODEL_FILES = (
     "model.safetensors.index.json",
     "adapter_config.json",
     "adapter_model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
+    *TOKENIZER_FILES,
 )
 
 

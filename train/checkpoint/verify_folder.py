@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from train import manifest
 from train.checkpoint import convert, export, kind, lineage, parity_texts, verification
+from train.checkpoint_folders import GOLDEN_LOGITS
 from train.errors import UserError, VerificationError
 from train.settings import setting
 from train.tokenizer.convert import read_model
@@ -101,7 +102,7 @@ def _unprovable(record: Mapping[str, Any], source: Source, changed: Sequence[str
     has_other_config = any(f"{_CONFIG} " in problem for problem in changed)
     if source.golden_logits is None and (has_other_config or _is_proven(record.get("logits") or {})):
         yield (
-            f"The checkpoint has no {kind.GOLDEN_LOGITS}, so nothing can prove the change: pass the --input_model_dir "
+            f"The checkpoint has no {GOLDEN_LOGITS}, so nothing can prove the change: pass the --input_model_dir "
             "that the folder was made from, or convert it again."
         )
     if source.tokenizer_model is None and _is_proven(record.get("tokenizer") or {}):
@@ -150,7 +151,7 @@ def _source(folder: Path, settings: VerifySettings, tokenizer_file: Path | None,
     if checkpoint_dir is None:
         return verify.Source(tokenizer_model=tokenizer_file, parity_texts=texts, parity_source=texts_from)
     vocab_size = read_config(folder).vocab_size
-    golden_logits = checkpoint_dir / kind.GOLDEN_LOGITS
+    golden_logits = checkpoint_dir / GOLDEN_LOGITS
     return verify.Source(
         weights=lambda: export.weights(checkpoint_dir, vocab_size=vocab_size),
         weights_name=str(checkpoint_dir.name),

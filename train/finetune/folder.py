@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from train import manifest, outputs
+from train.checkpoint_folders import GOLDEN_LOGITS
 from train.errors import UserError
 from train.finetune.settings import FinetuneSettings
 from train.settings import setting
@@ -79,7 +80,7 @@ class FinetuneFolder:
 
     @property
     def golden_logits(self) -> Path:
-        return self.root / "golden_logits.safetensors"
+        return self.root / GOLDEN_LOGITS
 
     @property
     def saved(self) -> Path:

@@ -19,16 +19,6 @@ from train.errors import UserError
 
 SEED_REPOSITORY = "timdettmers/openassistant-guanaco"
 SEED_FILE = "openassistant_best_replies_train.jsonl"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
@@ -82,7 +72,7 @@ def copy_tokenizer(folder: Path, to: Path) -> None:
     """Copies the tokenizer's files byte for byte. Saved anew by transformers they would tokenize differently."""
     shutil.rmtree(to, ignore_errors=True)
     to.mkdir(parents=True)
-    for name in TOKENIZER_FILES:
+    for name in verification.TOKENIZER_FILES:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, to / name)
 
@@ -168,7 +158,7 @@ def _check_model(folder: Path, *, flag: str) -> None:
 def _from_hub(name: str, *, flag: str, with_weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = [*(verification.MODEL_FILES if with_weights else TOKENIZER_FILES), manifest.FILE_NAME]
+    patterns = [*(verification.MODEL_FILES if with_weights else verification.TOKENIZER_FILES), manifest.FILE_NAME]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the client's many ways to say that it cannot reach or find the repository

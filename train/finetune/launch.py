@@ -36,7 +36,6 @@ from train.monitor import progress, wandb_run
 from train.process import Command
 
 STEP = "finetune_model"
-_CURVE_POINTS = 100
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class _Inputs:
     def files(self) -> list[Path]:
         found = inputs.model_files(self.model_dir)
         if self.tokenizer_dir != self.model_dir:
-            found += [self.tokenizer_dir / name for name in inputs.TOKENIZER_FILES]
+            found += [self.tokenizer_dir / name for name in verification.TOKENIZER_FILES]
         found += [*self.data_files, *self.eval_files, *([self.deepspeed] if self.deepspeed is not None else [])]
         return [file for file in found if file.is_file()]
 
@@ -354,10 +353,7 @@ def _results(
     folder: FinetuneFolder,
 ) -> dict[str, Any]:
     """The run in numbers, read from its own metrics."""
-    records = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
-    curve = [[record["step"], record["loss"]] for record in records if "loss" in record]
-    evaluations = [record for record in records if "eval_loss" in record]
-    every = max(1, -(-len(curve) // _CURVE_POINTS))
+    records = list(progress.records(folder.metrics))
     return {
         "method": "full",
         "base_model": settings.model_name_or_path,
@@ -375,12 +371,8 @@ def _results(
         "parameters": checks["weights"]["parameters"],
         "steps": records[-1]["step"],
         "tokens": max(record.get("tokens", 0) for record in records),
-        "first_loss": curve[0][1],
-        "last_loss": curve[-1][1],
-        "first_eval_loss": evaluations[0]["eval_loss"] if evaluations else None,
-        "eval_loss": evaluations[-1]["eval_loss"] if evaluations else None,
-        "eval_perplexity": evaluations[-1]["eval_perplexity"] if evaluations else None,
-        "loss_curve": curve[::every] + ([curve[-1]] if (len(curve) - 1) % every else []),
+        **progress.summary(records),
+        "first_eval_loss": next((record["eval_loss"] for record in records if "eval_loss" in record), None),
         "lineage": lineage.trace(file for file in found.files() if file.name != manifest.FILE_NAME),
     }
 

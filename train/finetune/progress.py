@@ -6,8 +6,6 @@ eval_perplexity; `epoch` and `token_accuracy` are added.
 
 from __future__ import annotations
 
-import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ import torch.distributed
 from transformers import TrainerCallback
 
 from train.finetune.folder import checkpoint_mark
-from train.monitor.progress import duration
+from train.monitor import progress
 
 
 class Reporting(TrainerCallback):
@@ -75,7 +73,7 @@ class Reporting(TrainerCallback):
             f"step {state.global_step:,}/{state.max_steps:,} ({state.global_step / state.max_steps:.0%})"
             f" | epoch {logs.get('epoch', 0):.2f} | loss {logs['loss']:.4f} | lr {logs['learning_rate']:.2e}"
             + ("" if norm is None else f" | grad norm {norm:.2f}")
-            + f" | {rate:,.0f} tokens/s | {duration(left_s)} left",
+            + f" | {rate:,.0f} tokens/s | {progress.duration(left_s)} left",
             flush=True,
         )
         record = {
@@ -87,22 +85,13 @@ class Reporting(TrainerCallback):
             "tokens_per_second": round(rate, 1),
             "token_accuracy": logs.get("mean_token_accuracy"),
         }
-        self._write(record if norm is None else record | {"grad_norm": norm})
+        progress.append(self._metrics, record if norm is None else record | {"grad_norm": norm})
 
     def _evaluation(self, state: Any, logs: dict[str, float]) -> None:
-        loss = logs["eval_loss"]
-        perplexity = math.exp(loss) if loss < 700 else math.inf
-        print(f"step {state.global_step:,}: held-out loss {loss:.4f}, perplexity {perplexity:,.2f}", flush=True)
-        self._write({"step": state.global_step, "eval_loss": loss, "eval_perplexity": perplexity})
-
-    def _write(self, record: dict[str, Any]) -> None:
-        with self._metrics.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record) + "\n")
+        evaluation = progress.show_evaluation(state.global_step, logs["eval_loss"])
+        progress.append(self._metrics, {"step": state.global_step, **evaluation})
 
 
 def _tokens(metrics: Path) -> int:
     """The tokens that a run has trained on so far."""
-    if not metrics.is_file():
-        return 0
-    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    return max((record.get("tokens", 0) for record in records), default=0)
+    return max((record.get("tokens", 0) for record in progress.records(metrics)), default=0)

@@ -10,11 +10,13 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from train import outputs
+
+_CURVE_POINTS = 100  # what a card's reader takes in
 
 
 class Progress:
@@ -49,24 +51,45 @@ class Progress:
             flush=True,
         )
         record = {"step": step, "tokens": tokens, "loss": loss, "lr": lr, "tokens_per_second": round(rate, 1)}
-        self._write(record if grad_norm is None else record | {"grad_norm": grad_norm})
+        append(self._metrics, record if grad_norm is None else record | {"grad_norm": grad_norm})
 
     def evaluation(self, step: int, *, loss: float) -> None:
         """Reports the loss on held-out documents, and its exponential: the perplexity per token."""
-        perplexity = math.exp(loss) if loss < 700 else math.inf
-        print(f"step {step:,}: held-out loss {loss:.4f}, perplexity {perplexity:,.2f}", flush=True)
         tokens = step * self._tokens_per_step
-        finite = perplexity if math.isfinite(perplexity) else None  # JSON has no infinity
-        self._write({"step": step, "tokens": tokens, "eval_loss": loss, "eval_perplexity": finite})
+        append(self._metrics, {"step": step, "tokens": tokens, **show_evaluation(step, loss)})
         self._last_time = time.monotonic()  # an evaluation's time is not training's
 
     def pause(self) -> None:
         """Tells that time was spent on something else than training, such as saving."""
         self._last_time = time.monotonic()
 
-    def _write(self, record: dict[str, Any]) -> None:
-        with self._metrics.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record) + "\n")
+
+def show_evaluation(step: int, loss: float) -> dict[str, Any]:
+    """Prints the loss on held-out text and its exponential; returns both as the metrics file has them."""
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    print(f"step {step:,}: held-out loss {loss:.4f}, perplexity {perplexity:,.2f}", flush=True)
+    # JSON has no infinity
+    return {"eval_loss": loss, "eval_perplexity": perplexity if math.isfinite(perplexity) else None}
+
+
+def append(metrics: Path, record: dict[str, Any]) -> None:
+    """Adds a line to a metrics file."""
+    with metrics.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(record) + "\n")
+
+
+def summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A run in numbers for its manifest: first and last losses (None where there is none) and a thinned curve."""
+    curve = [[record["step"], record["loss"]] for record in found if "loss" in record]
+    evaluations = [record for record in found if "eval_loss" in record]
+    every = max(1, -(-len(curve) // _CURVE_POINTS))
+    return {
+        "first_loss": curve[0][1] if curve else None,
+        "last_loss": curve[-1][1] if curve else None,
+        "eval_loss": evaluations[-1]["eval_loss"] if evaluations else None,
+        "eval_perplexity": evaluations[-1]["eval_perplexity"] if evaluations else None,
+        "loss_curve": curve[::every] + ([curve[-1]] if curve and (len(curve) - 1) % every else []),
+    }
 
 
 def cut_after(metrics: Path, step: int) -> None:
@@ -79,6 +102,8 @@ def cut_after(metrics: Path, step: int) -> None:
 
 def records(metrics: Path) -> Iterator[dict[str, Any]]:
     """What was reported so far. A line that is still being written, or that a crash left in pieces, is left out."""
+    if not metrics.is_file():
+        return
     for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             record = json.loads(line)

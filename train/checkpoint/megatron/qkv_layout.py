@@ -11,10 +11,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from train.checkpoint import kind
 from train.checkpoint.megatron import gpt2
 from train.checkpoint.megatron.layout import MegatronCheckpoint
 from train.checkpoint.megatron.merge import PER_HEAD, PER_RANK
+from train.checkpoint_folders import GOLDEN_LOGITS
 from train.errors import VerificationError
 from train.run_folder import of_checkpoint
 
@@ -34,7 +34,7 @@ def find(checkpoint: MegatronCheckpoint, *, vocab_size: int) -> tuple[str, str]:
     commit = recorded_commit(checkpoint.folder)
     if commit in _BY_COMMIT:
         return _BY_COMMIT[commit], f"of engine commit {commit[:8]}"
-    golden = checkpoint.folder / kind.GOLDEN_LOGITS
+    golden = checkpoint.folder / GOLDEN_LOGITS
     if not golden.is_file():
         return PER_HEAD, "assumed: neither commit nor golden logits are recorded"
     distances = {order: _distance(checkpoint, order, golden, vocab_size) for order in (PER_HEAD, PER_RANK)}
@@ -50,7 +50,7 @@ def find(checkpoint: MegatronCheckpoint, *, vocab_size: int) -> tuple[str, str]:
 
 def recorded_commit(folder: Path) -> str | None:
     """The engine's commit, from beside the golden logits or from the run's manifest; None when neither names it."""
-    golden = folder / kind.GOLDEN_LOGITS
+    golden = folder / GOLDEN_LOGITS
     if golden.is_file():
         commit = _golden_metadata(golden).get("engine_commit")
         if commit not in (None, "unknown"):

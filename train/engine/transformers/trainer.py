@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback
 
-from train.checkpoint_folders import prune, publish
+from train.checkpoint_folders import GOLDEN_LOGITS, prune, publish
 from train.data.gpt_dataset import GPTDataset
 from train.engine.non_finite import non_finite
 from train.engine.transformers.schedule import learning_rate
@@ -30,7 +30,6 @@ from train.monitor.progress import Progress
 from train.recipe import PretrainRecipe
 from train.run_folder import RunFolder
 
-GOLDEN_LOGITS_FILE = "golden_logits.safetensors"
 _GOLDEN_TOKENS = 64
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -111,7 +110,7 @@ class PretrainTrainer(Trainer):
         unfinished = self._run_folder.checkpoint_dir / f"checkpoint-{step}"
         tensors = {"input_ids": self._golden_input_ids.contiguous(), "logits": logits}
         computed_in = {"dtype": _DTYPES[self._recipe.training.precision]}  # how near an export can come to them
-        save_file(tensors, unfinished / GOLDEN_LOGITS_FILE, metadata=computed_in)
+        save_file(tensors, unfinished / GOLDEN_LOGITS, metadata=computed_in)
         publish(unfinished, self._run_folder.step_dir(step))
         prune(self._run_folder.checkpoint_dir, self._recipe.checkpoint.keep_last)
 

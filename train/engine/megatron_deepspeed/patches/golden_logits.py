@@ -13,10 +13,10 @@ import functools
 from pathlib import Path
 from typing import Any
 
+from train.checkpoint_folders import GOLDEN_LOGITS
 from train.engine.megatron_deepspeed.patches import Patch, Run
 from train.engine.non_finite import non_finite
 
-FILE_NAME = "golden_logits.safetensors"
 _POSITIONS = 32  # 32 positions of a 128,000-token vocabulary are 16 MB
 _SEED = 20240415
 
@@ -69,7 +69,7 @@ def write(tensors: dict[str, Any], folder: Path, engine_commit: str) -> None:
 
     computed_in = str(get_args().params_dtype).removeprefix("torch.")
     metadata = {"engine": "megatron-deepspeed", "engine_commit": engine_commit, "dtype": computed_in}
-    save_file(tensors, str(folder / FILE_NAME), metadata=metadata)
+    save_file(tensors, str(folder / GOLDEN_LOGITS), metadata=metadata)
 
 
 def _any_non_finite(part: Any) -> bool:
@@ -142,7 +142,7 @@ def _apply(run: Run) -> str:
         return saved
 
     DeepSpeedEngine.save_checkpoint = save_with_logits
-    return f"DeepSpeedEngine.save_checkpoint: writes {FILE_NAME} too, refuses weights that are not finite"
+    return f"DeepSpeedEngine.save_checkpoint: writes {GOLDEN_LOGITS} too, refuses weights that are not finite"
 
 
 PATCH = Patch(
