@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import platform
+import shlex
 import shutil
 import sys
 from importlib import metadata
@@ -20,7 +21,12 @@ from train.errors import UserError
 from train.process import Command
 
 _CACHE = Path(__file__).resolve().parents[1] / ".cache" / "torch_extensions"
-_BUILD = "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load(verbose=False)"
+_BUILD = """
+from train.deepspeed_ops import quote_library_path
+from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+quote_library_path()
+ShareMemCommBuilder().load(verbose=False)
+"""
 
 
 def place_ops(extensions_dir: Path, *, cache: Path | None = None) -> None:
@@ -39,6 +45,24 @@ def place_ops(extensions_dir: Path, *, cache: Path | None = None) -> None:
     shutil.rmtree(extensions_dir, ignore_errors=True)
     extensions_dir.parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(built, extensions_dir)  # times of change are kept, so nothing is compiled again
+
+
+def quote_library_path() -> None:
+    """Lets the op be linked, and found up to date, by an environment whose path has a space; every rank calls it.
+
+    torch writes its library folder into the linker's command without quotes (torch/utils/cpp_extension.py, 2.13).
+    """
+    from torch.utils import cpp_extension
+
+    cpp_extension.TORCH_LIB_PATH = shlex.quote(cpp_extension.TORCH_LIB_PATH)
+
+
+def init_distributed() -> None:
+    """Starts DeepSpeed's process group on CPUs, which transformers leaves out with `use_cpu`."""
+    import deepspeed
+
+    quote_library_path()
+    deepspeed.init_distributed(dist_backend="gloo")
 
 
 def _build(built: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from train import deepspeed_ops, process
@@ -20,8 +22,6 @@ def test_it_is_built_once_and_a_stale_lock_in_a_run_does_no_harm(tmp_path, monke
     builds = []
 
     def compile_it(command, **_):
-        from pathlib import Path
-
         builds.append(command)
         folder = Path(command.environment["TORCH_EXTENSIONS_DIR"]) / "deepspeed_shm_comm"
         folder.mkdir()
@@ -35,3 +35,17 @@ def test_it_is_built_once_and_a_stale_lock_in_a_run_does_no_harm(tmp_path, monke
     deepspeed_ops.place_ops(run, cache=tmp_path / "cache")
     assert len(builds) == 1
     assert [file.name for file in (run / "deepspeed_shm_comm").iterdir()] == ["deepspeed_shm_comm.so"]
+
+
+@pytest.mark.slow
+def test_the_op_is_linked_with_a_torch_whose_path_has_a_space(tmp_path, monkeypatch):
+    """A virtual environment in a folder with a space: the linker gets torch's folder as one word."""
+    import torch
+
+    libraries = tmp_path / "a copy"
+    libraries.symlink_to(Path(torch.__file__).with_name("lib"))
+    elsewhere = f"from torch.utils import cpp_extension\ncpp_extension.TORCH_LIB_PATH = {str(libraries)!r}\n"
+    monkeypatch.setattr(deepspeed_ops, "_BUILD", elsewhere + deepspeed_ops._BUILD)
+    deepspeed_ops.place_ops(tmp_path / "run", cache=tmp_path / "cache")
+    assert "a copy'" in (tmp_path / "run" / "deepspeed_shm_comm" / "build.ninja").read_text()
+    assert (tmp_path / "run" / "deepspeed_shm_comm" / "deepspeed_shm_comm.so").is_file()

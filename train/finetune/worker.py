@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from train import outcome
+from train import deepspeed_ops, outcome
 from train import settings as settings_module
 from train.finetune.folder import FinetuneFolder, Plan
 from train.monitor import wandb_run
@@ -53,10 +53,7 @@ def train(plan: Plan, folder: FinetuneFolder) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' affair: hundreds under DeepSpeed
     arguments = training_arguments(plan, folder)
     if plan.deepspeed_config is not None and plan.device == "cpu":
-        import deepspeed
-
-        # With use_cpu transformers leaves this out; it must come after the arguments and before the model.
-        deepspeed.init_distributed(dist_backend="gloo")
+        deepspeed_ops.init_distributed()  # after the arguments and before the model
     tokenizer = AutoTokenizer.from_pretrained(folder.tokenizer_dir, local_files_only=True)
     special_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model = load_model(plan, tokenizer)

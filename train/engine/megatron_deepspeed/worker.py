@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from train import outcome, settings
+from train.deepspeed_ops import quote_library_path
 from train.engine.megatron_deepspeed import patches
 from train.errors import UserError
 from train.monitor import wandb_run
@@ -76,6 +77,7 @@ def pretrain(run: patches.Run, arguments: Sequence[str], *, leads: bool) -> None
     for done in patches.apply_all(run, patches.disabled_names(os.environ)):
         if leads:
             print(f"patch {done.patch.name}: {done.state}" + (f" - {done.detail}" if done.detail else ""), flush=True)
+    quote_library_path()
     # torchrun says it in the environment, upstream reads the argument that the deepspeed launcher adds
     sys.argv = [str(script), f"--local_rank={os.environ.get('LOCAL_RANK', '0')}", *arguments]
     try:

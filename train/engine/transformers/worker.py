@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from train import outcome, settings
+from train import deepspeed_ops, outcome, settings
 from train.checkpoint_folders import remove_leftovers
 from train.data.blend import read_blend
 from train.data.gpt_dataset import GPTDataset
@@ -52,9 +52,7 @@ def pretrain(recipe: PretrainRecipe, run_folder: RunFolder) -> None:
     transformers_logging.disable_progress_bar()
     arguments = training_arguments(recipe, run_folder)
     if arguments.deepspeed and arguments.device.type == "cpu":
-        import deepspeed
-
-        deepspeed.init_distributed(dist_backend="gloo")  # with use_cpu transformers leaves this out
+        deepspeed_ops.init_distributed()
     leads = arguments.process_index == 0
     start = run_folder.latest_step()
     train_set, evaluation_set = datasets(recipe)
