@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +133,14 @@ class ParallelSettings:
         "auto", help="what trains; auto takes Megatron-DeepSpeed when it is installed and can train this recipe",
         choices=("auto", "megatron-deepspeed", "transformers"),
     )  # fmt: skip
+    megatron_arguments: str = setting(
+        "", help="further arguments of Megatron-DeepSpeed's pretrain_gpt.py in one text, such as"
+        " '--rampup-batch-size 32 32 1000000'; a single word is given as --megatron_arguments=--WORD",
+    )  # fmt: skip
     num_processes: int = setting(0, help="processes on this machine; 0 is one per GPU, or one without GPUs")
+    data_parallel_size: int = setting(
+        0, help="ranks that share the batch: refuse to start unless there are so many; 0 takes what the ranks give"
+    )
     tensor_parallel_size: int = setting(1, help="ranks that share one layer (Megatron-DeepSpeed)")
     pipeline_parallel_size: int = setting(1, help="ranks that share the stack of layers (Megatron-DeepSpeed)")
     no_pipeline_parallel: bool = setting(False, help="use the engine without its pipeline module (Megatron-DeepSpeed)")
@@ -152,8 +160,13 @@ class ParallelSettings:
         for name in ("tensor_parallel_size", "pipeline_parallel_size"):
             if getattr(self, name) < 1:
                 yield f"--{name} {getattr(self, name)}: it must be at least 1."
-        if self.num_processes < 0:
-            yield f"--num_processes {self.num_processes}: it must be 0 (automatic) or more."
+        for name in ("num_processes", "data_parallel_size"):
+            if getattr(self, name) < 0:
+                yield f"--{name} {getattr(self, name)}: it must be 0 (automatic) or more."
+        try:
+            shlex.split(self.megatron_arguments)
+        except ValueError as error:
+            yield f"--megatron_arguments {self.megatron_arguments!r}: {error}; quote it as in a shell."
         if self.offload != "none" and self.zero_stage < (3 if self.offload == "all" else 1):
             needed = "3" if self.offload == "all" else "1, 2 or 3"
             yield f"--offload {self.offload} needs --zero_stage {needed}, not {self.zero_stage}."

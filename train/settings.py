@@ -272,10 +272,10 @@ def _alternatives(kind: Any) -> tuple[Any, ...]:
 
 
 def _underscored(word: str) -> str:
-    """`--dry-run` and `--dry_run` are the same flag."""
-    if not re.match(r"--[A-Za-z]", word):
-        return word
+    """`--dry-run` and `--dry_run` are the same flag; a value with spaces that begins with dashes is none."""
     name, equals, value = word.partition("=")
+    if not re.fullmatch(r"--[A-Za-z][\w-]*", name):
+        return word
     return "--" + name[2:].replace("-", "_") + equals + value
 
 

@@ -125,6 +125,8 @@ def test_a_named_engine_wins_or_says_why_not(a_checkout, no_checkout):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--megatron_arguments=--swiglu"], "--megatron_arguments needs --engine megatron-deepspeed"),
+        (["--data_parallel_size", "4"], "--data_parallel_size 4: there are 1 ranks; start so many"),
         (["--log_optimizer_state", "True"], "--log_optimizer_state needs --engine megatron-deepspeed"),
         (["--rope_theta", "5e5"], "--rope_theta 500000: GPT-2 has learned positions"),
     ],

@@ -71,6 +71,17 @@ def no_checkout_needed(monkeypatch: pytest.MonkeyPatch) -> None:
             },
             2,
         ),
+        (
+            "llama_tp2_sequence_parallel",
+            {
+                "architecture": "llama",
+                "num_key_value_heads": 2,
+                "rope_theta": 5e5,
+                "tensor_parallel_size": 2,
+                "sequence_parallel": True,
+            },
+            2,
+        ),
     ],
 )
 def test_arguments_are_the_golden_ones(name: str, flags: dict[str, object], processes: int) -> None:
@@ -141,6 +152,38 @@ def test_command(no_checkout_needed: None, monkeypatch: pytest.MonkeyPatch) -> N
     assert settings.build(PretrainRecipe, __import__("yaml").safe_load(command.files[RUN_FOLDER.recipe])) is not None
 
 
+@pytest.fixture
+def small_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "megatron").mkdir()
+    flags = ("'--rampup-batch-size', nargs='*'", "'--num-layers', type=int", "'--embedding-weights-in-fp32',")
+    (tmp_path / "megatron" / "arguments.py").write_text("\n".join(f"g.add_argument({flag})" for flag in flags))
+    monkeypatch.setattr(checkout, "find_checkout", lambda: Checkout(tmp_path, "c0ffee", "a test"))
+
+
+def test_further_arguments_come_last(small_checkout: None) -> None:
+    chosen = dataclasses.replace(
+        recipe(megatron_arguments="--rampup-batch-size 4 4 100 --embedding-weights-in-fp32"), dry_run=True
+    )
+    words = prepare.prepare(chosen, allocation(1), RUN_FOLDER).argv
+    assert words[-5:] == ("--rampup-batch-size", "4", "4", "100", "--embedding-weights-in-fp32")
+
+
+def test_further_arguments_that_upstream_does_not_know_or_the_recipe_renders_are_refused(small_checkout: None) -> None:
+    chosen = dataclasses.replace(recipe(megatron_arguments="x --rampup-batch-sice 4 --num-layers 2"), dry_run=True)
+    with pytest.raises(UserError) as error:
+        prepare.prepare(chosen, allocation(1), RUN_FOLDER)
+    assert [problem.partition(":")[2].strip() for problem in error.value.problems][1:] == [
+        "Megatron-DeepSpeed has no --rampup-batch-sice; did you mean --rampup-batch-size?",
+        "--num-layers is already rendered from the recipe; set it there.",
+    ]
+    assert "'x' is no flag" in error.value.problems[0]
+
+
+def test_unbalanced_quotes_in_further_arguments_are_refused() -> None:
+    with pytest.raises(UserError, match="No closing quotation; quote it as in a shell"):
+        recipe(megatron_arguments="--a 'b")
+
+
 def test_blends_become_weights_and_prefixes(no_checkout_needed: None, monkeypatch: pytest.MonkeyPatch) -> None:
     from train.data import blend
 
@@ -169,14 +212,33 @@ def test_layout_is_an_equation() -> None:
         ({"tensor_parallel_size": 2, "ffn_hidden_size": 33}, 2, "--ffn_hidden_size 33 / --tensor_parallel_size 2"),
         ({"pipeline_parallel_size": 3}, 3, "--num_layers 4 / --pipeline_parallel_size 3 = 1.33333"),
         ({"pipeline_parallel_size": 2, "no_pipeline_parallel": True}, 2, "--no_pipeline_parallel contradicts"),
-        ({"tensor_parallel_size": 2, "sequence_parallel": True}, 2, "--sequence_parallel: upstream"),
-        ({"zero_stage": 2}, 1, "--zero_stage 2: this engine runs 0 or 1"),
+        ({"sequence_parallel": True}, 1, "--sequence_parallel splits over the tensor ranks, and there is one"),
+        (
+            {"tensor_parallel_size": 2, "sequence_parallel": True, "no_pipeline_parallel": True},
+            2,
+            "--sequence_parallel --no_pipeline_parallel: upstream cuts the sequence twice",
+        ),
+        (
+            {"tensor_parallel_size": 2, "sequence_parallel": True, "sequence_length": 127},
+            2,
+            "--sequence_parallel: --sequence_length 127 / --tensor_parallel_size 2 = 63.5",
+        ),
+        ({"data_parallel_size": 4}, 2, "2 data parallel, but --data_parallel_size 4 needs 4 ranks"),
+        (
+            {"architecture": "llama", "num_key_value_heads": 2, "tensor_parallel_size": 4},
+            4,
+            "--num_key_value_heads 2 / --tensor_parallel_size 4 = 0.5",
+        ),
+        ({"zero_stage": 2}, 1, "--zero_stage 2: DeepSpeed's pipeline module"),
+        ({"zero_stage": 3}, 1, "--zero_stage 3: this engine spreads layers"),
+        ({"offload": "optimizer", "zero_stage": 1}, 1, "--offload optimizer: only --engine transformers"),
+        ({"torch_compile": True}, 1, "--torch_compile: only --engine transformers"),
         ({"precision": "bf16"}, 1, "--precision bf16 --zero_stage 0"),
         ({"precision": "fp16", "zero_stage": 1}, 1, "--precision fp16: on a CPU"),
         ({"dropout": 0.1}, 1, "--dropout 0.1: on a CPU"),
-        ({"attention": "eager"}, 1, "--attention eager: only --engine transformers"),
+        ({"attention": "flash_attention_2"}, 1, "--attention flash_attention_2 needs a GPU"),
         ({"rope_theta": 5e5}, 1, "--rope_theta 500000: GPT-2 has learned positions"),
-        ({"architecture": "llama"}, 1, "--architecture llama: this engine trains gpt2"),
+        ({"architecture": "llama", "rope_theta": 0.5}, 1, "--rope_theta 0.5: Megatron-DeepSpeed takes whole numbers"),
     ],
 )
 def test_what_does_not_fit_is_refused(flags: dict[str, object], processes: int, message: str) -> None:
@@ -191,16 +253,17 @@ def test_what_fits_is_not_refused() -> None:
 
 def test_all_problems_at_once(no_checkout_needed: None) -> None:
     with pytest.raises(UserError) as error:
-        prepare.prepare(recipe(zero_stage=2, dropout=0.1), allocation(1), RUN_FOLDER)
+        prepare.prepare(recipe(zero_stage=3, dropout=0.1), allocation(1), RUN_FOLDER)
     assert len(error.value.problems) == 2
 
 
-def test_cuda_without_apex_is_refused() -> None:
+def test_on_cuda_flash_attn_is_needed_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.util
 
-    if importlib.util.find_spec("apex"):
-        pytest.skip("apex is installed here")
-    assert "needs apex" in prepare.problems(recipe(), allocation(1, "cuda"))[0]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    assert prepare.problems(recipe(), allocation(1, "cuda")) == []
+    found = prepare.problems(recipe(attention="flash_attention_2"), allocation(1, "cuda"))
+    assert "flash-attn is not installed" in found[0] and "bf16 or fp16 only" in found[1]
 
 
 def test_missing_checkout_is_refused_with_the_installer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ def megatron_arguments(
     """What `pretrain_gpt.py` is given.
 
     Args:
-        recipe: a resolved recipe of a GPT-2 shape.
+        recipe: a resolved recipe.
         allocation: where it runs.
         run_folder: where it writes.
         data_path: one prefix, or weights and prefixes in turn.
@@ -32,7 +32,7 @@ def megatron_arguments(
 
 def _model(recipe: PretrainRecipe) -> tuple[str, ...]:
     model = recipe.model
-    return (
+    words = [
         *("--num-layers", str(model.num_layers)),
         *("--hidden-size", str(model.hidden_size)),
         *("--ffn-hidden-size", str(model.ffn_hidden_size)),
@@ -43,7 +43,19 @@ def _model(recipe: PretrainRecipe) -> tuple[str, ...]:
         *("--layernorm-epsilon", str(model.norm_epsilon)),
         *("--hidden-dropout", str(model.dropout)),
         *("--attention-dropout", str(model.dropout)),
-    )
+    ]
+    if model.architecture != "gpt2":
+        words += [
+            *("--num-key-value-heads", str(model.num_key_value_heads)),
+            *("--normalization", "rmsnorm"),
+            "--swiglu",
+            "--disable-bias-linear",
+            "--use-rotary-position-embeddings",
+            *("--rotary-position-embeddings-theta", f"{model.rope_theta:.0f}"),
+        ]
+    if not model.tie_word_embeddings:
+        words.append("--untie-embeddings-and-output-weights")
+    return tuple(words)
 
 
 def _training(recipe: PretrainRecipe) -> tuple[str, ...]:
@@ -94,6 +106,10 @@ def _parallel(recipe: PretrainRecipe, allocation: Allocation, run_folder: RunFol
     ]
     if parallel.no_pipeline_parallel:
         words.append("--no-pipeline-parallel")
+    if parallel.sequence_parallel:
+        words.append("--sequence-parallel")
+    if allocation.device == "cuda" and parallel.attention != "eager":
+        words.append("--use-flash-attn-v2")  # by torch's kernels unless flash-attn is asked for: flash_attention patch
     if parallel.activation_checkpoint:
         words += ["--checkpoint-activations", "--deepspeed-activation-checkpointing"]
     # CUDA kernels of upstream's own: not on a CPU, and the softmax ones no longer compile with CUDA 13
@@ -112,6 +128,9 @@ def _files(recipe: PretrainRecipe, run_folder: RunFolder) -> tuple[str, ...]:
         *("--eval-iters", str(checkpoint.eval_iters if evaluates else 0)),
         *("--log-interval", str(logging.log_interval)),
         *("--tensorboard-dir", str(run_folder.tensorboard_dir)),
+        *("--tensorboard-queue-size", "1"),
+        "--log-batch-size-to-tensorboard",
+        "--log-validation-ppl-to-tensorboard",
     ]
     if logging.log_optimizer_state:
         words.append("--log-optimizer-states-to-tensorboard")

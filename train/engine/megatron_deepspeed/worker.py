@@ -58,6 +58,7 @@ def _pretrain_watched(
         tokens_per_step=recipe.tokens_per_step,
         keep_last=recipe.checkpoint.keep_last,
         engine_commit=engine_commit,
+        attention=recipe.parallel.attention,
         watch=None if watched is None else lambda step, numbers: watched.log(dict(numbers), step=step),
     )
     pretrain(run, arguments, leads=leads)

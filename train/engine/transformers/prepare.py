@@ -51,7 +51,7 @@ def problems(recipe: PretrainRecipe, allocation: Allocation) -> list[str]:
     ]
     found += [
         f"--{name} needs --engine megatron-deepspeed."
-        for name in ("no_pipeline_parallel", "sequence_parallel")
+        for name in ("no_pipeline_parallel", "sequence_parallel", "megatron_arguments")
         if getattr(parallel, name)
     ]
     if recipe.logging.log_optimizer_state:
@@ -62,6 +62,11 @@ def problems(recipe: PretrainRecipe, allocation: Allocation) -> list[str]:
         found.append("--precision fp16: on a CPU use fp32 or bf16.")
     if parallel.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         found.append("--attention flash_attention_2 needs the package flash-attn: install it, or use --attention sdpa.")
+    if parallel.data_parallel_size not in (0, allocation.world_size):
+        found.append(
+            f"--data_parallel_size {parallel.data_parallel_size}: there are {allocation.world_size} ranks; start so"
+            " many (a larger allocation, or --num_processes), or leave it out."
+        )
     per_pass = training.micro_batch_size * allocation.world_size
     assert training.global_batch_size is not None
     if training.global_batch_size % per_pass:

@@ -21,11 +21,17 @@ DISABLED_VARIABLE = "TRAIN_DISABLED_PATCHES"
 _MODULES = (
     "deepspeed_compression",
     "torchvision_absent",
+    "apex_absent",
     "dataset_helpers",
     "environment_report",
     "cpu_layer_norm",
+    "decoupled_weight_decay",
     "contiguous_attention",
     "cpu_kernels",
+    "flash_attention",
+    "compiled_fusions",
+    "rotary_positions",
+    "sequence_parallel",
     "golden_logits",
     "whole_checkpoints",
     "progress_lines",
@@ -42,6 +48,7 @@ class Run:
         tokens_per_step: tokens of one step over all ranks.
         keep_last: checkpoints to keep; 0 keeps all.
         engine_commit: upstream's commit, noted beside the golden logits.
+        attention: the recipe's attention kernel: "sdpa", "flash_attention_2" or "eager".
         watch: receives a step and its numbers whenever there is a progress line; None where nobody watches.
     """
 
@@ -50,6 +57,7 @@ class Run:
     tokens_per_step: int = 1
     keep_last: int = 0
     engine_commit: str = "unknown"
+    attention: str = "sdpa"
     watch: Callable[[int, Mapping[str, float]], None] | None = None
 
 

@@ -46,7 +46,7 @@ def causal_attention(query: Any, key: Any, value: Any) -> Any:
     return context.permute(2, 0, 1, 3).flatten(2)
 
 
-def _apply(_run: Run) -> str:
+def _apply(run: Run) -> str:
     from deepspeed.accelerator import get_accelerator
 
     if get_accelerator().device_name() != "cpu":
@@ -60,7 +60,8 @@ def _apply(_run: Run) -> str:
     @functools.wraps(forward)
     def attend(self: Any, query: Any, key: Any, value: Any, *others: Any, **options: Any) -> Any:
         is_plain = (
-            self.attn_mask_type == AttnMaskType.causal
+            run.attention == "sdpa"
+            and self.attn_mask_type == AttnMaskType.causal
             and self.attention_dropout.p == 0
             and not get_args().reset_attention_mask  # documents then hide each other, which only a mask can say
             and query.shape == key.shape == value.shape

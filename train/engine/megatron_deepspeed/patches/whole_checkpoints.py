@@ -1,12 +1,19 @@
-"""A `global_stepN` folder appears once everything in it is written, and only then becomes `latest`."""
+"""A `global_stepN` folder appears once everything in it is written, and only then becomes `latest`.
+
+Each rank takes the checksums of the files it wrote, right after writing them and all ranks at once; with them a later
+check finds whatever has changed (`train.checkpoint_files`).
+"""
 
 from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from train.checkpoint_files import checksums
 from train.checkpoint_folders import prune, publish, remove_leftovers
 from train.engine.megatron_deepspeed.patches import Patch, Run
 
@@ -28,14 +35,15 @@ def _apply(run: Run) -> str:
         if leads:
             remove_leftovers(folder)
         torch.distributed.barrier()
-        save_checkpoint(self, save_dir, unfinished.name, client_state or {}, **(options | {"save_latest": False}))
-        torch.distributed.barrier()
+        with _noting_files(self.checkpoint_engine) as written:
+            save_checkpoint(self, save_dir, unfinished.name, client_state or {}, **(options | {"save_latest": False}))
+        sums = _sums_of_all_ranks(unfinished, written)
         if leads:
-            publish(unfinished, folder / name)
+            publish(unfinished, folder / name, sums)
             prune(folder, run.keep_last)
         torch.distributed.barrier()
         if os.environ.get("LOCAL_RANK") == "0" and unfinished.is_dir():  # a node whose disk is its own
-            publish(unfinished, folder / name)
+            publish(unfinished, folder / name, sums)
             prune(folder, run.keep_last)
         torch.distributed.barrier()
         saved_steps.add(self.global_steps)
@@ -43,6 +51,33 @@ def _apply(run: Run) -> str:
 
     DeepSpeedEngine.save_checkpoint = save_whole
     return "DeepSpeedEngine.save_checkpoint: into an unfinished folder that is renamed at the end"
+
+
+@contextmanager
+def _noting_files(checkpoint_engine: Any) -> Iterator[list[Path]]:
+    """Notes which files this rank hands to DeepSpeed's checkpoint engine."""
+    save, written = checkpoint_engine.save, []
+
+    @functools.wraps(save)
+    def save_noted(state_dict: Any, path: Any, *others: Any, **options: Any) -> Any:
+        written.append(Path(path))
+        return save(state_dict, path, *others, **options)
+
+    checkpoint_engine.save = save_noted
+    try:
+        yield written
+    finally:
+        del checkpoint_engine.save  # the class's own again
+
+
+def _sums_of_all_ranks(folder: Path, written: list[Path]) -> dict[str, str]:
+    """The checksums of the files that all ranks wrote into `folder`. Every rank reads its own; all wait for all."""
+    import torch
+
+    own = checksums(folder, sorted({str(file.relative_to(folder)) for file in written if folder in file.parents}))
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, own)
+    return {name: value for part in parts for name, value in part.items()}
 
 
 PATCH = Patch(

@@ -1,0 +1,51 @@
+"""`--megatron_arguments`: any further flag of upstream's pretrain_gpt.py, checked against upstream's own list.
+
+    words, problems = further_arguments("--rampup-batch-size 4 4 100", rendered, checkout_path)
+
+A flag that a recipe already renders is refused: one number, stated in one place.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shlex
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+_FLAG = re.compile(r"""add_argument\(\s*((?:['"]--?[\w-]+['"]\s*,?\s*)+)""")
+
+
+def known_flags(checkout: Path) -> frozenset[str]:
+    """Every flag that upstream's `megatron/arguments.py` and DeepSpeed's own parser know."""
+    text = (checkout / "megatron" / "arguments.py").read_text(encoding="utf-8")
+    names = {name for group in _FLAG.findall(text) for name in re.findall(r"--?[\w-]+", group)}
+    return frozenset(names | {"--deepspeed", "--deepspeed_config"})
+
+
+def words(text: str) -> tuple[str, ...]:
+    """The text of `--megatron_arguments` cut as a shell cuts it."""
+    return tuple(shlex.split(text))
+
+
+def problems(text: str, rendered: Sequence[str], known: Collection[str]) -> list[str]:
+    """What is wrong with further arguments; empty when nothing is.
+
+    Args:
+        text: what `--megatron_arguments` was given.
+        rendered: the arguments that the recipe has become.
+        known: upstream's flags.
+    """
+    found = []
+    given = words(text)
+    if given and not given[0].startswith("--"):
+        found.append(f"--megatron_arguments {text!r}: {given[0]!r} is no flag; start with one, such as --swiglu.")
+    taken = {word for word in rendered if word.startswith("--")}
+    for flag in (word.partition("=")[0] for word in given if word.startswith("--")):
+        if flag in taken:
+            found.append(f"--megatron_arguments: {flag} is already rendered from the recipe; set it there.")
+        elif flag not in known:
+            near = difflib.get_close_matches(flag, known, n=1)
+            meant = f" did you mean {near[0]}?" if near else ""
+            found.append(f"--megatron_arguments: Megatron-DeepSpeed has no {flag};{meant or ' see its --help.'}")
+    return found
