@@ -5,17 +5,18 @@ An engine writes into a folder of another name, then the first rank calls `publi
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from train import outputs
+from train import checkpoint_files, outputs
 
 _STEP = re.compile(r"global_step(\d+)")
 GOLDEN_LOGITS = "golden_logits.safetensors"  # what the training process itself computed when it saved
-_FILES = "files.json"  # names and sizes of all other files of a checkpoint
+MEGATRON_POINTER = "latest_checkpointed_iteration.txt"  # upstream's own; `latest` is DeepSpeed's, and ours
+POINTER = "latest"
+_UNIVERSAL = "_universal"  # what stands behind a step's name when it is in DeepSpeed's form for other layouts
 # What killed runs leave: the Trainer's own name, a folder that was being saved, one that was being removed.
 _LEFTOVERS = ("checkpoint-*", ".global_step*.unfinished-*")
 
@@ -28,39 +29,54 @@ def whole_checkpoints(checkpoint_dir: Path) -> Iterator[tuple[int, Path]]:
     yield from sorted((int(match[1]), folder) for match, folder in found if match)
 
 
-def publish(unfinished: Path, final: Path) -> None:
-    """Renames a written checkpoint to its name and points `latest` at it; one that is there already gives way."""
+def publish(unfinished: Path, final: Path, sums: Mapping[str, str] | None = None) -> None:
+    """Renames a written checkpoint to its name and points `latest` at it; one that is there already gives way.
+
+    Args:
+        unfinished: the folder that is written.
+        final: its name, `global_stepN`.
+        sums: checksums of files in it that the ranks which wrote them have taken (see `checkpoint_files.record`).
+    """
     outputs.share(unfinished)
-    sizes = {str(file.relative_to(unfinished)): file.stat().st_size for file in unfinished.rglob("*") if file.is_file()}
-    (unfinished / _FILES).write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
+    checkpoint_files.record(unfinished, sums)
     replaced = _being_removed(final) if final.exists() else None
     unfinished.rename(final)
     if replaced is not None:
         shutil.rmtree(replaced)
-    outputs.write_text(final.parent / "latest", final.name)
+    outputs.write_text(final.parent / POINTER, final.name)
 
 
-def damage(folder: Path) -> Iterator[str]:
-    """The files of a published checkpoint that are missing or of another size than when they were written.
+def set_aside(folder: Path) -> Path:
+    """Takes a damaged checkpoint's name away, so that no run goes on from it. Nothing of it is removed.
 
-    A Trainer that finds no optimizer state starts a new one without a word, so this is looked at before.
+    Returns:
+        Its new name, `global_stepN.damaged` or the like.
     """
-    try:
-        sizes = json.loads((folder / _FILES).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        yield _FILES
-        return
-    for name, size in sizes.items():
-        file = folder / name
-        if not file.is_file() or file.stat().st_size != size:
-            yield name
+    for number in range(1, 1000):
+        aside = folder.with_name(f"{folder.name}.damaged" + (f"-{number}" if number > 1 else ""))
+        if not aside.exists():
+            return folder.rename(aside)
+    raise FileExistsError(f"{folder}.damaged-999")
+
+
+def universal_dir(step_dir: Path) -> Path:
+    """Where a checkpoint's form for other layouts stands: beside it."""
+    return step_dir.with_name(step_dir.name + _UNIVERSAL)
+
+
+def remove_universal(checkpoint_dir: Path, *, keep: Path | None = None) -> None:
+    """Removes the forms for other layouts, but `keep`: a run needs one only to begin."""
+    for folder in checkpoint_dir.glob(f"global_step*{_UNIVERSAL}") if checkpoint_dir.is_dir() else ():
+        if folder != keep:
+            shutil.rmtree(_being_removed(folder))
 
 
 def prune(checkpoint_dir: Path, keep_last: int) -> None:
-    """Removes all but the newest `keep_last` checkpoints; 0 keeps all."""
+    """Removes all but the newest `keep_last` checkpoints (0 keeps all), and the forms for other layouts."""
     if keep_last > 0:
         for _, folder in list(whole_checkpoints(checkpoint_dir))[:-keep_last]:
             shutil.rmtree(_being_removed(folder))
+    remove_universal(checkpoint_dir)  # the checkpoint that was just saved is in the run's own layout
 
 
 def remove_leftovers(checkpoint_dir: Path) -> None:

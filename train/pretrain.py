@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train import manifest, outcome, outputs, process, same_run, settings
-from train.checkpoint_folders import damage, remove_leftovers
+from train.checkpoint_files import damage
+from train.checkpoint_folders import remove_leftovers
 from train.cluster import allocation as allocations
 from train.cluster.allocation import Allocation
 from train.deepspeed_ops import place_ops
@@ -117,7 +118,7 @@ def check_resume(run_folder: RunFolder, identity: dict[str, Any]) -> None:
     damaged = list(damage(step_dir))
     if damaged:
         raise UserError(
-            f"{step_dir} is damaged ({', '.join(damaged)}: missing or of another size): move it away to go on from the"
+            f"{step_dir} is damaged ({', '.join(damaged)}): move it away to go on from the"
             " checkpoint before it, or --overwrite to start again."
         )
     former = json.loads(run_folder.identity.read_text(encoding="utf-8"))

@@ -57,16 +57,20 @@ def test_weights_are_readable_by_the_team(tmp_path: Path) -> None:
     assert (tmp_path / "global_step4" / "model.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
-def test_what_is_missing_or_cut_short_is_named(tmp_path: Path) -> None:
-    unfinished = tmp_path / "checkpoint-4"
-    (unfinished / "inner").mkdir(parents=True)
-    for name in ("whole", "missing", "inner/short"):
-        (unfinished / name).write_text("four")
-    step = tmp_path / "global_step4"
-    checkpoint_folders.publish(unfinished, step)
-    assert list(checkpoint_folders.damage(step)) == []
-    (step / "missing").unlink()
-    (step / "inner" / "short").write_text("fou")
-    assert sorted(checkpoint_folders.damage(step)) == ["inner/short", "missing"]
-    (step / "files.json").unlink()
-    assert list(checkpoint_folders.damage(step)) == ["files.json"]
+def test_what_is_set_aside_is_no_checkpoint_any_more_and_stays(tmp_path: Path) -> None:
+    for name in ("global_step4.damaged", "global_step4.damaged-2"):
+        (tmp_path / "global_step4").mkdir()
+        (tmp_path / "global_step4" / name).touch()
+        assert checkpoint_folders.set_aside(tmp_path / "global_step4") == tmp_path / name
+        checkpoint_folders.remove_leftovers(tmp_path)
+        assert (tmp_path / name / name).exists() and list(checkpoint_folders.whole_checkpoints(tmp_path)) == []
+
+
+def test_the_form_for_other_layouts_goes_with_the_next_checkpoint(tmp_path: Path) -> None:
+    step_dir = tmp_path / "global_step4"
+    checkpoint_folders.universal_dir(step_dir).mkdir(parents=True)
+    assert list(checkpoint_folders.whole_checkpoints(tmp_path)) == []
+    checkpoint_folders.remove_universal(tmp_path, keep=checkpoint_folders.universal_dir(step_dir))
+    assert checkpoint_folders.universal_dir(step_dir).is_dir()
+    checkpoint_folders.prune(tmp_path, 0)
+    assert list(tmp_path.iterdir()) == []

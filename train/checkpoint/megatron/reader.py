@@ -18,13 +18,13 @@ from train.errors import UserError
 
 
 class Inert:
-    """Stands for a class of upstream's in a checkpoint: takes its values and does nothing with them."""
+    """Stands for a class of upstream's in a checkpoint: keeps its values and does nothing with them."""
 
     def __init__(self, *values: Any) -> None:
         self.values = values
 
-    def __setstate__(self, _state: Any) -> None:
-        """The state is of no interest."""
+    def __setstate__(self, state: Any) -> None:
+        self.state = state  # of a fragment_address: where a parameter lies in a rank's flat optimizer state
 
 
 # What upstream puts into its states besides tensors and plain data.
