@@ -2,7 +2,8 @@
 
     pretrain(settings.parse(PretrainRecipe, argv, ...))
 
-Called again, it goes on from the newest whole checkpoint; when nothing is left to do it says so.
+Called again, it goes on from the newest whole checkpoint, with Megatron-DeepSpeed in another layout too; when nothing
+is left to do it says so.
 """
 
 from __future__ import annotations
@@ -16,14 +17,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train import manifest, outcome, outputs, process, same_run, settings
-from train.checkpoint_files import damage
-from train.checkpoint_folders import remove_leftovers
+from train import manifest, outcome, outputs, process, resume, run_identity, same_run, settings
+from train.checkpoint_folders import remove_leftovers, remove_universal
 from train.cluster import allocation as allocations
 from train.cluster.allocation import Allocation
 from train.deepspeed_ops import place_ops
 from train.engine import choose
-from train.errors import UserError, refuse
+from train.errors import refuse
 from train.monitor import progress, wandb_run
 from train.process import Command
 from train.recipe import PretrainRecipe
@@ -50,9 +50,13 @@ def pretrain(recipe: PretrainRecipe) -> int:
         return 0
     with same_run.claimed(run_folder.lock, str(run_folder.checkpoint_dir)):
         engine, reason = _engine(recipe, allocation, run_folder)
-        identity = _identity(recipe, engine, allocation, parts)
+        identity = run_identity.build(recipe, engine, allocation, _inputs(recipe, parts))
+        former = None if recipe.overwrite or run_folder.latest_step() is None else run_identity.read(run_folder)
         if not recipe.overwrite:
-            check_resume(run_folder, identity)
+            run_identity.check(run_folder, identity)
+            run_folder = _going_on(run_folder, recipe, engine, allocation)
+        start = 0 if recipe.overwrite else run_folder.latest_step() or 0
+        stretches = run_identity.stretches(former, _layout(recipe, allocation), start)
         command = choose.engine(engine).prepare(recipe, allocation, run_folder)
         _announce(recipe, engine, reason, allocation, run_folder)
         _describe_blend(parts, recipe.training.train_tokens)
@@ -62,9 +66,12 @@ def pretrain(recipe: PretrainRecipe) -> int:
             place_ops(run_folder.extensions_dir)
         if recipe.overwrite:
             _remove(run_folder)
-        outputs.write_text(run_folder.identity, json.dumps(identity, indent=2) + "\n")
+        record = run_identity.with_stretches(identity, stretches)
+        outputs.write_text(run_folder.identity, json.dumps(record, indent=2) + "\n")
         _train(command, run_folder)
+        remove_universal(run_folder.checkpoint_dir)
         results = _results(recipe, engine, allocation, run_folder, parts, command.argv, time.time() - started)
+        results["stretches"] = stretches
         manifest.write(
             run_folder.manifest,
             step=STEP,
@@ -103,65 +110,37 @@ def check_data(recipe: PretrainRecipe) -> tuple[BlendPart, ...]:
     return parts
 
 
-def check_resume(run_folder: RunFolder, identity: dict[str, Any]) -> None:
-    """Refuses to go on from the checkpoints of another run: its manifest would tell of a training that never was.
+def _going_on(run_folder: RunFolder, recipe: PretrainRecipe, engine: str, allocation: Allocation) -> RunFolder:
+    """Chooses the checkpoint to go on from, and makes it loadable in the layout that is asked for.
 
-    What may change: intervals, logging, how many checkpoints are kept, and, with the transformers engine, a larger
-    --train_tokens with the same --lr_decay_tokens.
+    Raises:
+        UserError: no checkpoint is whole, or this one cannot be loaded in that layout.
     """
-    if run_folder.latest_step() is None:
-        return
-    again = "use what it used, choose another --job_name, or --overwrite to start again"
-    if not run_folder.identity.is_file():
-        raise UserError(f"{run_folder.checkpoint_dir} holds checkpoints that no run here has begun: {again}.")
-    step_dir = run_folder.step_dir(run_folder.latest_step() or 0)
-    damaged = list(damage(step_dir))
-    if damaged:
-        raise UserError(
-            f"{step_dir} is damaged ({', '.join(damaged)}): move it away to go on from the"
-            " checkpoint before it, or --overwrite to start again."
-        )
-    former = json.loads(run_folder.identity.read_text(encoding="utf-8"))
-    found = []
-    for path, before, now in same_run.differences(former, identity):
-        if path[-1] == "train_tokens" and identity["engine"] == choose.TRANSFORMERS and before < now:
-            print(f"--train_tokens grows from {before:,} to {now:,}: the order of the data is drawn anew from here on")
-        else:
-            found.append(f"{' '.join(path[1:]) or path[0]}: {before!r} there, {now!r} now")
-    if found:
-        raise UserError(f"{run_folder.checkpoint_dir} holds another run ({'; '.join(found)}): {again}.")
+    decision = resume.decide([resume.look(run_folder.checkpoint_dir, node=socket.gethostname())])
+    for line in (
+        *decision.report,
+        *(f"kept as {path}" for path in resume.carry_out(decision, run_folder.checkpoint_dir)),
+    ):
+        print(f"resume: {line}", flush=True)
+    if decision.step is None or engine != choose.MEGATRON:
+        return run_folder
+    from train.checkpoint.megatron import reshape
+
+    parallel = recipe.parallel
+    tensor, pipeline = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+    target = reshape.Target(tensor, pipeline, allocation.world_size // (tensor * pipeline))
+    load = reshape.prepare_load(run_folder.step_dir(decision.step), target)
+    return dataclasses.replace(run_folder, load=load)
 
 
 def _engine(recipe: PretrainRecipe, allocation: Allocation, run_folder: RunFolder) -> tuple[str, str]:
     """The engine; checkpoints that are there decide before `auto` does."""
     resumes = recipe.parallel.engine == "auto" and not recipe.overwrite and run_folder.latest_step() is not None
-    if resumes and run_folder.identity.is_file():
-        former = json.loads(run_folder.identity.read_text(encoding="utf-8"))["engine"]
-        recipe = dataclasses.replace(recipe, parallel=dataclasses.replace(recipe.parallel, engine=former))
+    former = run_identity.read(run_folder) if resumes else None
+    if former is not None:
+        recipe = dataclasses.replace(recipe, parallel=dataclasses.replace(recipe.parallel, engine=former["engine"]))
         return choose.choose(recipe, allocation)[0], "the checkpoints are of this engine"
     return choose.choose(recipe, allocation)
-
-
-def _identity(
-    recipe: PretrainRecipe, engine: str, allocation: Allocation, parts: Sequence[BlendPart]
-) -> dict[str, Any]:
-    """What makes a run this run and no other, as plain data."""
-    plain = settings.to_plain(recipe)
-    del plain["logging"]
-    for name in ("save_interval", "keep_last", "eval_interval", "eval_iters", "output_model_dir"):
-        del plain["checkpoint"][name]
-    del plain["data"]["num_workers"]
-    for name in ("engine", "num_processes", "device"):
-        del plain["parallel"][name]
-    record = {
-        "settings": plain,
-        "inputs": {str(file): manifest.identity(file) for file in _inputs(recipe, parts)},
-        "engine": engine,
-        # optimizer state that DeepSpeed has spread belongs to this number of ranks
-        "processes": allocation.world_size if choose.uses_deepspeed(engine, recipe) else None,
-        "device": allocation.device,
-    }
-    return dict(json.loads(json.dumps(record)))
 
 
 def _dry_run(recipe: PretrainRecipe, allocation: Allocation, run_folder: RunFolder) -> int:
@@ -272,14 +251,7 @@ def _results(
         "engine_commit": choose.commit(engine),
         "model_name": recipe.model_name,
         "argv": list(argv),
-        "layout": {
-            "world_size": allocation.world_size,
-            "hosts": len(allocation.hosts),
-            "tensor_parallel_size": recipe.parallel.tensor_parallel_size,
-            "pipeline_parallel_size": recipe.parallel.pipeline_parallel_size,
-            "zero_stage": recipe.parallel.zero_stage,
-            "device": allocation.device,
-        },
+        "layout": _layout(recipe, allocation),
         "steps": recipe.train_steps,
         "tokens": recipe.train_steps * recipe.tokens_per_step,
         **progress.summary(run_folder.read_metrics()),
@@ -289,6 +261,19 @@ def _results(
             {"prefix": str(part.prefix), "weight": part.weight, "tokens": part.tokens, "documents": part.documents}
             for part in parts
         ],
+    }
+
+
+def _layout(recipe: PretrainRecipe, allocation: Allocation) -> dict[str, Any]:
+    """How the run is spread over ranks, for its manifest."""
+    return {
+        "world_size": allocation.world_size,
+        "hosts": len(allocation.hosts),
+        "tensor_parallel_size": recipe.parallel.tensor_parallel_size,
+        "pipeline_parallel_size": recipe.parallel.pipeline_parallel_size,
+        "zero_stage": recipe.parallel.zero_stage,
+        "micro_batch_size": recipe.training.micro_batch_size,
+        "device": allocation.device,
     }
 
 

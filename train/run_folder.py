@@ -23,16 +23,33 @@ from train.monitor import progress
 
 
 @dataclass(frozen=True)
+class Load:
+    """What Megatron-DeepSpeed loads when a run goes on.
+
+    Attributes:
+        tag: the folder, inside the job's checkpoint folder.
+        is_universal: whether it is in DeepSpeed's form for other layouts.
+        vocabulary_divisor: upstream's --make-vocab-size-divisible-by, where its default would change the embedding.
+    """
+
+    tag: str
+    is_universal: bool = False
+    vocabulary_divisor: int | None = None
+
+
+@dataclass(frozen=True)
 class RunFolder:
     """Names of one run's files.
 
     Attributes:
         root: the folder that --output_model_dir names.
         job_name: the run's name inside it.
+        load: what the run goes on from; None is the newest checkpoint, if there is one.
     """
 
     root: Path
     job_name: str
+    load: Load | None = None
 
     @property
     def checkpoint_dir(self) -> Path:
@@ -92,6 +109,11 @@ class RunFolder:
         """The newest whole checkpoint's step, from the folders themselves: a `latest` file may be behind."""
         steps = [step for step, _ in whole_checkpoints(self.checkpoint_dir)]
         return max(steps, default=None)
+
+    def what_to_load(self) -> Load | None:
+        """What the run goes on from: by name, as the `latest` file may be behind the folders."""
+        step = self.latest_step()
+        return self.load or (None if step is None else Load(self.step_dir(step).name))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All progress lines so far; a last line that is still being written is left out."""

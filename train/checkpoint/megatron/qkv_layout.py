@@ -48,6 +48,11 @@ def find(checkpoint: MegatronCheckpoint, *, vocab_size: int) -> tuple[str, str]:
     return best, f"proven by golden logits ({distances[best]:.1g} against {max(distances.values()):.1g})"
 
 
+def order_of(commit: str | None) -> str | None:
+    """The row order of an engine's commit; None when it is not known."""
+    return _BY_COMMIT.get(commit or "")
+
+
 def recorded_commit(folder: Path) -> str | None:
     """The engine's commit, from beside the golden logits or from the run's manifest; None when neither names it."""
     golden = folder / GOLDEN_LOGITS

@@ -1,7 +1,6 @@
 """A checkpoint in DeepSpeed's universal form, from which a run goes on in another layout.
 
-    reason = why_not(step_dir, target)                 # None when it can be done
-    convert(step_dir, universal_dir)                   # whole or not at all
+    convert(step_dir, universal_dir, source="...")      # whole or not at all; reshape.py says when
 
 A universal checkpoint holds every parameter whole, with its two Adam moments; each rank of the new layout cuts its own
 share from it. The form is DeepSpeed's (`deepspeed/checkpoint/universal_checkpoint.py` reads it), the writer is ours:
@@ -37,11 +36,16 @@ _STATES = ("fp32", "exp_avg", "exp_avg_sq")
 _PER_RANK = ("base_optimizer_state", "param_slice_mappings", "single_partition_of_fp32_groups", "loss_scaler")
 
 
-def convert(step_dir: Path, universal_dir: Path) -> None:
+def convert(step_dir: Path, universal_dir: Path, *, source: str) -> None:
     """Writes `step_dir` in universal form. What is there under that name is replaced.
 
+    Args:
+        step_dir: a checkpoint with ZeRO 1 or 2.
+        universal_dir: the folder to write.
+        source: noted in it, by which it is known later what it was made from.
+
     Raises:
-        UserError: a file is missing or damaged, or the optimizer state cannot be put together (see `why_not`).
+        UserError: a file is missing or damaged, or the optimizer state cannot be put together.
         VerificationError: ranks that keep the same parameter disagree.
     """
     import torch
@@ -63,6 +67,7 @@ def convert(step_dir: Path, universal_dir: Path) -> None:
         for rank in range(layout.model_ranks):
             file = layout.model_file(rank)
             shutil.copyfile(step_dir / file, folder / file)
+        (folder / "source.txt").write_text(source, encoding="utf-8")
 
 
 def _holders(

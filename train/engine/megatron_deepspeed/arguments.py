@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from train.cluster.allocation import Allocation
 from train.recipe import PretrainRecipe
@@ -134,8 +133,10 @@ def _files(recipe: PretrainRecipe, run_folder: RunFolder) -> tuple[str, ...]:
     ]
     if logging.log_optimizer_state:
         words.append("--log-optimizer-states-to-tensorboard")
-    step = run_folder.latest_step()
-    if step is not None:
-        # by name: the `latest` file may be behind the folders
-        words += ["--load", str(run_folder.checkpoint_dir), "--load-tag", Path(run_folder.step_dir(step)).name]
+    load = None if recipe.overwrite else run_folder.what_to_load()
+    if load is not None:
+        words += ["--load", str(run_folder.checkpoint_dir), "--load-tag", load.tag]
+        words += ["--universal-checkpoint"] if load.is_universal else []
+        if load.vocabulary_divisor is not None:
+            words += ["--make-vocab-size-divisible-by", str(load.vocabulary_divisor)]
     return tuple(words)
