@@ -137,7 +137,8 @@ def _unfinished_name(path: Path) -> Path:
     prefix = f".{path.name}{_MARK}{host}-"
     for leftover in path.parent.iterdir():
         if leftover.name.startswith(prefix) and not _is_alive(leftover.name.removeprefix(prefix).partition("-")[0]):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            # what a killed run started may still write into its folder: then a later run removes it
+            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
     return path.with_name(f"{prefix}{os.getpid()}")
 
 

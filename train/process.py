@@ -125,6 +125,7 @@ def capture(command: Command, *, timeout_s: float = 60.0) -> tuple[int, str]:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # git's transport, a child of a child, must not keep us waiting beyond the time
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )
     except FileNotFoundError:
         return 127, f"{command.argv[0]}: not found"

@@ -11,40 +11,19 @@ import sys
 from pathlib import Path
 
 import pytest
+from megatron_small_repository import git, make_repository
 
 from train import outputs
-from train.engine.megatron_deepspeed import checkout, install
+from train.engine.megatron_deepspeed import checkout, helpers_build, install
+from train.engine.megatron_deepspeed.clone import clone, without_credentials
 from train.engine.megatron_deepspeed.install import InstallSettings
 from train.errors import UserError
-
-# Enough of upstream's tree to be cloned and compiled; nothing to import.
-HELPERS = """
-#include <Python.h>
-static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "helpers", NULL, -1, NULL};
-PyMODINIT_FUNC PyInit_helpers(void) { return PyModule_Create(&module); }
-"""
-
-
-def git(folder: Path, *words: str) -> str:
-    identity = ("-c", "user.name=t", "-c", "user.email=t@example.org")
-    done = subprocess.run(["git", "-C", folder, *identity, *words], check=True, capture_output=True, text=True)
-    return done.stdout.strip()
 
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
     """A small repository in the form of upstream's, with two commits and the tag `v1` on the first."""
-    folder = tmp_path / "upstream with space"
-    (folder / "megatron" / "data").mkdir(parents=True)
-    (folder / "pretrain_gpt.py").write_text("")
-    (folder / "megatron" / "training.py").write_text("")
-    (folder / "megatron" / "data" / "helpers.cpp").write_text(HELPERS)
-    git(folder, "init", "--quiet")
-    git(folder, "add", ".")
-    git(folder, "commit", "--quiet", "-m", "one")
-    git(folder, "tag", "v1")
-    git(folder, "commit", "--quiet", "--allow-empty", "-m", "two")
-    return folder
+    return make_repository(tmp_path / "upstream with space")
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +37,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def clone_first(repository: Path) -> Path:
     commit = git(repository, "rev-parse", "v1")
     folder = checkout.folder_for(commit)
-    install.clone(str(repository), commit, folder, timeout_s=60)
+    clone(str(repository), commit, folder, timeout_s=60)
     return folder
 
 
@@ -70,14 +49,58 @@ def test_clones_the_very_commit(repository: Path) -> None:
 
 def test_tags_and_branches_are_refs_too(repository: Path) -> None:
     git(repository, "branch", "feature/x", "v1")
-    for ref, name in (("v1", "v1"), ("feature/x", "feature-x")):
-        install.clone(str(repository), ref, checkout.folder_for(ref), timeout_s=60)
-        assert checkout.commit_of(checkout.cache_dir() / name) == git(repository, "rev-parse", "v1")
+    for ref, name in (("v1", "v1-"), ("feature/x", "feature-x-")):
+        folder = checkout.folder_for(ref, str(repository))
+        assert folder.name.startswith(name)
+        clone(str(repository), ref, folder, timeout_s=60)
+        assert checkout.commit_of(folder) == git(repository, "rev-parse", "v1")
+
+
+def test_one_folder_per_commit_and_per_tag_of_a_repository(repository: Path, tmp_path: Path) -> None:
+    tag, commit = "ucllm_nedo_v20240415.1.0", "a" * 40
+    upstream, fork = checkout.DEFAULT_REPOSITORY, "https://github.com/matsuolab/Megatron-DeepSpeed"
+    assert checkout.folder_for(commit, upstream) == checkout.folder_for(commit, fork) == checkout.cache_dir() / commit
+    folders = [checkout.folder_for(ref, place) for ref in (tag, "a/b", "a-b") for place in (upstream, fork, ".")]
+    assert len(set(folders)) == len(folders) and all(folder.parent == checkout.cache_dir() for folder in folders)
+    with_password = "https://me:secret@github.com/matsuolab/Megatron-DeepSpeed.git/"
+    assert checkout.folder_for(tag, with_password) == checkout.folder_for(tag, fork)
+
+
+def test_a_bare_repository_and_a_bundle_are_sources_too(repository: Path, tmp_path: Path) -> None:
+    commit = git(repository, "rev-parse", "v1")
+    bare, bundle = tmp_path / "bare.git", tmp_path / "all.bundle"
+    git(tmp_path, "clone", "--quiet", "--bare", str(repository), str(bare))
+    git(repository, "bundle", "create", "--quiet", str(bundle), "--all")
+    for number, (source, ref) in enumerate([(bare, commit), (bare, "v1"), (bundle, commit), (bundle, "v1")]):
+        folder = tmp_path / f"clone{number}"
+        clone(str(source), ref, folder, timeout_s=60)
+        assert checkout.commit_of(folder) == commit and (folder / "pretrain_gpt.py").is_file()
+    with pytest.raises(UserError, match=r"v9 could not be cloned from .*all\.bundle: .*couldn't find remote ref v9"):
+        clone(str(bundle), "v9", tmp_path / "none", timeout_s=60)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to another user")
+def test_a_shared_clone_of_another_user_is_a_source(repository: Path, tmp_path: Path) -> None:
+    for path in (repository, *repository.rglob("*")):
+        os.chown(path, 1000, 1000)
+    commit = git(tmp_path, "-c", "safe.directory=*", "-C", str(repository), "rev-parse", "v1")
+    clone(str(repository), commit, tmp_path / "clone", timeout_s=60)
+    assert checkout.commit_of(tmp_path / "clone") == commit
+
+
+def test_without_a_network_it_says_what_to_do(tmp_path: Path) -> None:
+    url = "http://127.0.0.1:9/team/Megatron-DeepSpeed.git"  # nobody listens on the discard port
+    with pytest.raises(UserError) as error:
+        clone(url, "6acc370", tmp_path / "clone", timeout_s=60)
+    told = str(error.value)
+    assert "Failed to connect to 127.0.0.1 port 9" in told and "Check the ref and the network." in told
+    assert "A commit is named by all 40 characters of its hash." in told and "git bundle create" in told
+    assert told.endswith(f"{checkout.INSTALL_COMMAND} --repository /path/to/Megatron-DeepSpeed")
 
 
 def test_unknown_ref_leaves_nothing(repository: Path, own_cache: Path) -> None:
     with pytest.raises(UserError, match="f" * 40 + " could not be cloned from .*--repository /path/to/"):
-        install.clone(str(repository), "f" * 40, checkout.folder_for("f" * 40), timeout_s=60)
+        clone(str(repository), "f" * 40, checkout.folder_for("f" * 40), timeout_s=60)
     assert list(own_cache.iterdir()) == []
 
 
@@ -90,7 +113,7 @@ def test_credentials_in_the_url_are_never_shown(
     with pytest.raises(
         UserError, match=r"could not be cloned from http://\*\*\*@127\.0\.0\.1:9/team/x\.git: "
     ) as error:
-        install.clone(url, "v1", checkout.folder_for("v1"), timeout_s=60)
+        clone(url, "v1", checkout.folder_for("v1"), timeout_s=60)
     shown = capsys.readouterr().out
     assert "http://***@127.0.0.1:9/team/x.git" in shown
     for secret in ("us3r", "t0", "ken"):
@@ -99,14 +122,14 @@ def test_credentials_in_the_url_are_never_shown(
 
 def test_a_url_without_credentials_is_shown_as_it_is() -> None:
     for text in ("https://example.org/team/x.git", "git@example.org:team/x.git", "/a folder/with@sign"):
-        assert install.without_credentials(text) == text
+        assert without_credentials(text) == text
 
 
 def test_a_server_that_says_nothing_is_given_up(own_cache: Path) -> None:
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/x.git"
         with pytest.raises(UserError, match=r"no answer in 1\.0 s\. Check the ref and the network"):
-            install.clone(url, "v1", checkout.folder_for("v1"), timeout_s=1.0)
+            clone(url, "v1", checkout.folder_for("v1"), timeout_s=1.0)
     assert list(own_cache.iterdir()) == []
 
 
@@ -123,7 +146,7 @@ def test_a_killed_clone_is_replaced(repository: Path, own_cache: Path) -> None:
 
 def test_helpers_are_built_for_this_python(repository: Path) -> None:
     folder = clone_first(repository)
-    install.build_helpers(folder)
+    helpers_build.build_helpers(folder)
     specification = importlib.util.spec_from_file_location("helpers", checkout.helpers_file(folder))
     assert specification is not None and specification.loader is not None
     assert importlib.util.module_from_spec(specification).__name__ == "helpers"
@@ -133,7 +156,7 @@ def test_helpers_that_do_not_compile_leave_nothing(repository: Path) -> None:
     folder = clone_first(repository)
     (folder / "megatron" / "data" / "helpers.cpp").write_text("this is no C++")
     with pytest.raises(UserError, match=r"(?s)the dataset helpers did not compile \(.*error:"):
-        install.build_helpers(folder)
+        helpers_build.build_helpers(folder)
     assert not checkout.helpers_file(folder).exists()
 
 
@@ -142,7 +165,7 @@ def test_found_only_when_it_is_whole(repository: Path, monkeypatch: pytest.Monke
     assert checkout.find_checkout() is None and "there is no such folder; run" in checkout.why_missing()
     folder = clone_first(repository)
     assert checkout.find_checkout() is None and "its dataset helpers are not built" in checkout.why_missing()
-    install.build_helpers(folder)
+    helpers_build.build_helpers(folder)
     found = checkout.find_checkout()
     assert found is not None and found.path == folder and found.commit == git(repository, "rev-parse", "v1")
     assert found.reason == "the pinned commit in this project's cache" and checkout.why_missing() == ""
@@ -151,7 +174,7 @@ def test_found_only_when_it_is_whole(repository: Path, monkeypatch: pytest.Monke
 
 
 def test_a_checkout_elsewhere_wins(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    install.build_helpers(repository)
+    helpers_build.build_helpers(repository)
     monkeypatch.setenv(checkout.DIRECTORY_VARIABLE, str(repository))
     found = checkout.find_checkout()
     assert found is not None and found.path == repository
@@ -177,7 +200,7 @@ def test_missing_packages_are_named_with_the_command(monkeypatch: pytest.MonkeyP
 def test_missing_programs_and_headers_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler -O1")
-    monkeypatch.setattr(install.sysconfig, "get_path", lambda _name: str(tmp_path))
+    monkeypatch.setattr(helpers_build.sysconfig, "get_path", lambda _name: str(tmp_path))
     found = install.missing_requirements()
     assert [problem.split(":")[0] for problem in found if "pip install" not in problem] == [
         "git is not on the PATH",
@@ -195,7 +218,7 @@ def test_dry_run_needs_nothing(capsys: pytest.CaptureFixture[str], own_cache: Pa
 
 def test_launcher_passes_its_arguments_on(launch, tmp_path: Path) -> None:
     done = launch("common/install_megatron_deepspeed.sh", "--dry_run", "--ref", "v9", "--repository", str(tmp_path))
-    assert done.returncode == 0 and f"--depth 1 {tmp_path} v9" in done.stdout
+    assert done.returncode == 0 and f" {tmp_path} v9\n" in done.stdout
 
 
 @pytest.mark.megatron
@@ -210,7 +233,7 @@ def test_installs_from_a_local_clone_twice(
     settings = InstallSettings(repository=str(source))
     assert install.install(settings) == 0
     first = capsys.readouterr().out
-    assert "cloned into" in first and "patch deepspeed-compression:" in first
+    assert "cloned into" in first and "what that costs" in first and "\ndeepspeed-compression " in first
     monkeypatch.chdir(tmp_path)
     assert install.install(settings) == 0
     assert "is already in" in capsys.readouterr().out

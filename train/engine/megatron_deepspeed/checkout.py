@@ -10,6 +10,7 @@ The environment variable MEGATRON_DEEPSPEED_DIR names a checkout anywhere and wi
 
 from __future__ import annotations
 
+import hashlib
 import importlib.machinery
 import os
 import re
@@ -49,9 +50,29 @@ def cache_dir() -> Path:
     return PROJECT_ROOT / ".cache" / "megatron-deepspeed"
 
 
-def folder_for(ref: str) -> Path:
-    """Where the checkout of a commit, tag or branch stands."""
-    return cache_dir() / re.sub(r"[^A-Za-z0-9._-]", "-", ref)
+def extensions_dir() -> Path:
+    """The folder that holds the wheels of apex and FlashAttention built here, and the logs of their builds."""
+    return PROJECT_ROOT / ".cache" / "extensions"
+
+
+def folder_for(ref: str, repository: str = DEFAULT_REPOSITORY) -> Path:
+    """Where the checkout of a commit, tag or branch stands.
+
+    A commit is the same wherever it comes from. A tag or branch is of one repository, which its folder's name tells
+    apart by eight characters; user and password of a URL are no part of it.
+    """
+    if is_commit(ref):
+        return cache_dir() / ref
+    local = Path(repository).expanduser()
+    source = str(local.resolve()) if local.exists() else re.sub(r"://\S*@", "://", repository)
+    source = source.rstrip("/").removesuffix(".git")
+    mark = hashlib.sha256(f"{source}\n{ref}".encode()).hexdigest()[:8]
+    return cache_dir() / f"{re.sub(r'[^A-Za-z0-9._-]', '-', ref)}-{mark}"
+
+
+def is_commit(ref: str) -> bool:
+    """Whether `ref` is a whole commit hash."""
+    return re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", ref) is not None
 
 
 def find_checkout() -> Checkout | None:

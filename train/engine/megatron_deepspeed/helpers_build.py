@@ -1,0 +1,71 @@
+"""Builds upstream's dataset helpers (`megatron.data.helpers`, C++) for the running interpreter. install.py calls it.
+
+build_helpers(folder)      # of the checkout
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from train import outputs, process
+from train.engine.megatron_deepspeed import checkout
+from train.errors import UserError
+
+_COMPILE_TIMEOUT_S = 300.0
+
+
+def compile_command(folder: Path) -> process.Command:
+    """Compiles the dataset helpers for the running interpreter.
+
+    Upstream's Makefile asks `python3-config`, which may belong to another Python.
+    """
+    source = folder / "megatron" / "data" / "helpers.cpp"
+    target = checkout.helpers_file(folder)
+    includes = [f"-I{path}" for path in dict.fromkeys((_pybind11_include(), sysconfig.get_path("include")))]
+    flags = ("-O3", "-Wall", "-shared", "-std=c++17", "-fPIC")
+    if sys.platform == "darwin":  # Python's own symbols are found when the module is loaded
+        flags += ("-undefined", "dynamic_lookup")
+    return process.Command((*_compiler(), *flags, *includes, str(source), "-o", str(target)))
+
+
+def build_helpers(folder: Path) -> None:
+    """Builds `megatron.data.helpers` whole or not at all.
+
+    Raises:
+        UserError: the compiler failed; with its last lines.
+    """
+    command = compile_command(folder)
+    with outputs.new_file(checkout.helpers_file(folder), overwrite=True) as unfinished:
+        code, text = process.capture(
+            process.Command((*command.argv[:-1], str(unfinished))), timeout_s=_COMPILE_TIMEOUT_S
+        )
+        if code != 0:
+            last_lines = "\n".join(text.strip().splitlines()[-15:])
+            raise UserError(f"the dataset helpers did not compile ({command.text()}):\n{last_lines}")
+
+
+def missing() -> Iterator[str]:
+    """What the machine lacks to compile them, each with what mends it."""
+    if shutil.which(_compiler()[0]) is None:
+        yield f"no C++ compiler {_compiler()[0]!r} on the PATH: install g++, or name one in CXX."
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.is_file():
+        yield f"{header} is missing: install this Python's development headers (python3-dev)."
+
+
+def _compiler() -> tuple[str, ...]:
+    return tuple(shlex.split(os.environ.get("CXX", ""))) or ("g++",)
+
+
+def _pybind11_include() -> str:
+    try:
+        import pybind11
+    except ImportError:  # --dry_run shows the command before anything is installed
+        return "<pybind11 include folder>"
+    return str(pybind11.get_include())
