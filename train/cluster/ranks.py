@@ -28,6 +28,7 @@ def rank_environment(allocation: Allocation, *, extensions_dir: Path) -> dict[st
     """
     environment = {
         "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",  # a rank that dies of a signal in compiled code says in which line
         "TOKENIZERS_PARALLELISM": "false",
         "TORCH_EXTENSIONS_DIR": str(extensions_dir.absolute()),
     }
