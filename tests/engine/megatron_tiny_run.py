@@ -1,8 +1,9 @@
-"""The tiny run of the real engine that tests share, and the way to make the stored checkpoint anew.
+"""The tiny run of the real engine that tests share, and the way to make the stored checkpoints anew.
 
     python tests/engine/megatron_tiny_run.py tests/checkpoint/megatron_tp2_pp2
+    python tests/engine/megatron_tiny_run.py tests/checkpoint/megatron_tp2_dp2_zero1_bf16
 
-runs Megatron-DeepSpeed in TP2 x PP2 on this machine's CPU and copies its last checkpoint there.
+runs Megatron-DeepSpeed in that layout on this machine's CPU and copies its last checkpoint there.
 """
 
 from __future__ import annotations
@@ -35,6 +36,19 @@ _RECIPE = {
     "eval_interval": 4,
     "eval_iters": 1,
     "log_interval": 1,
+}
+
+# The stored checkpoints. The second one is of a Llama shape, with grouped queries and a head of its own.
+_STORED: dict[str, dict[str, object]] = {
+    "megatron_tp2_pp2": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+    "megatron_tp2_dp2_zero1_bf16": {
+        "tensor_parallel_size": 2,
+        "zero_stage": 1,
+        "precision": "bf16",
+        "architecture": "llama",
+        "num_key_value_heads": 2,
+        "ffn_hidden_size": 32,
+    },
 }
 
 
@@ -76,17 +90,10 @@ def flags(corpus: Path, output: Path, **more: object) -> list[str]:
 
 
 def main(target: Path) -> None:
-    """Makes the stored checkpoint. It runs in a folder of its own, whose path the checkpoint will hold."""
+    """Makes a stored checkpoint. It runs in a folder of its own, whose path the checkpoint will hold."""
     with tempfile.TemporaryDirectory(prefix="megatron_tiny_run_", dir="/tmp") as name:
         folder = Path(name)
-        words = flags(
-            write_corpus(folder),
-            folder / "out",
-            job_name="tiny",
-            tensor_parallel_size=2,
-            pipeline_parallel_size=2,
-            num_processes=4,
-        )
+        words = flags(write_corpus(folder), folder / "out", job_name="tiny", num_processes=4, **_STORED[target.name])
         script = _PROJECT_ROOT / "scripts" / "step2_pretrain_model" / "pretrain.py"
         subprocess.run([sys.executable, script, *words], check=True)
         shutil.copytree(folder / "out" / "checkpoint" / "tiny" / "global_step8", target / "global_step8")

@@ -1,8 +1,11 @@
-"""What a check of a checkpoint came to. Plain data, the same for both engines."""
+"""What a check of a checkpoint came to, the same for both engines; and what both do with torch's files."""
 
 from __future__ import annotations
 
+import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -35,3 +38,21 @@ class Findings:
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     abilities: tuple[Ability, ...] = ()
+
+
+def inner_damage(folder: Path, name: str, *, contents: bool = True) -> Iterator[str]:
+    """What is wrong with one of torch's files, by itself: a zip file, which holds a CRC-32 of each of its parts.
+
+    Args:
+        folder: the checkpoint.
+        name: the file in it.
+        contents: read the parts and compare; otherwise only the directory, which stands at the end.
+    """
+    try:
+        with zipfile.ZipFile(folder / name) as archive:
+            broken = archive.testzip() if contents else None
+    except Exception as error:  # whatever damaged bytes make of the reader
+        yield f"{name}: truncated or damaged ({error})"
+        return
+    if broken is not None:
+        yield f"{name}: its part {broken} is damaged (CRC-32)"

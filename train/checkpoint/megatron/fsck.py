@@ -12,12 +12,11 @@ optimizer's state (fsck_optimizer.py); the golden logits.
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from train.checkpoint.findings import Ability, Findings
+from train.checkpoint.findings import Ability, Findings, inner_damage
 from train.checkpoint.megatron import fsck_optimizer, fsck_weights, reader, reshape
 from train.checkpoint.megatron.saved_layout import FILE_PATTERNS, SavedLayout, read_layout
 from train.checkpoint_files import recorded
@@ -40,10 +39,7 @@ def glance(folder: Path) -> Iterator[str]:
     yield from _missing_or_foreign(layout)
     for name in layout.expected_files():
         if (folder / name).is_file():
-            try:  # the directory of a zip file stands at its end
-                zipfile.ZipFile(folder / name).close()
-            except (OSError, zipfile.BadZipFile) as error:
-                yield f"{name}: truncated or damaged ({error})"
+            yield from inner_damage(folder, name, contents=False)
 
 
 def inspect(folder: Path) -> Findings:
@@ -57,10 +53,11 @@ def inspect(folder: Path) -> Findings:
     sums = recorded(folder)
     if sums is None or any(sum_ is None for _, sum_ in sums.values()):
         notes.append(
-            "no checksums were recorded when it was saved (upstream records none): those inside the .pt files are compared,"
-            " which cover the tensors but not every byte; files that were swapped may pass"
+            "no checksums were recorded when it was saved (upstream records none): those inside the .pt files are"
+            " compared, which cover the tensors but not every byte; files that were swapped may pass"
         )
-        problems += _inner_checksums(layout)
+        files = [name for name in layout.expected_files() if (folder / name).is_file()]
+        problems += [problem for name in files for problem in inner_damage(folder, name)]
     problems += _ranks(layout)
     problems += fsck_weights.problems(layout)
     if layout.zero_stage:
@@ -93,22 +90,6 @@ def _missing_or_foreign(layout: SavedLayout) -> Iterator[str]:
     there = {file.name for file in layout.folder.iterdir() if any(form.fullmatch(file.name) for form in FILE_PATTERNS)}
     yield from (f"{name}: missing, {layout} has it" for name in sorted(expected - there))
     yield from (f"{name}: no file of {layout}; it is of another layout" for name in sorted(there - expected))
-
-
-def _inner_checksums(layout: SavedLayout) -> Iterator[str]:
-    """torch writes zip files, which hold a CRC-32 of each of their parts."""
-    for name in layout.expected_files():
-        file = layout.folder / name
-        if not file.is_file():
-            continue
-        try:
-            with zipfile.ZipFile(file) as archive:
-                broken = archive.testzip()
-        except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-            yield f"{name}: truncated or damaged ({error})"
-            continue
-        if broken is not None:
-            yield f"{name}: its part {broken} is damaged (CRC-32)"
 
 
 def _ranks(layout: SavedLayout) -> Iterator[str]:

@@ -64,7 +64,7 @@ def load(file: Path) -> Any:
                 " run code on loading. Ask whoever made it."
             ) from None
         raise UserError(f"{file} is damaged ({_first_line(error)}): choose another global_stepN.") from None
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
+    except Exception as error:  # whatever a damaged pickle makes of its reader: KeyError, struct.error and more
         raise UserError(
             f"{file} is truncated or damaged ({_first_line(error)}): choose another global_stepN."
         ) from None

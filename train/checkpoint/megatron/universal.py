@@ -97,7 +97,7 @@ def _whole(
 
     slices = []
     for tensor_rank, parts in enumerate(holders):
-        flat = torch.cat([state.part(name, group, key) for state, group in parts])
+        flat = torch.cat([state.part(name, group, key) for state, group in parts]).detach()
         shape = parts[0][0].shapes[name] if parts else ()
         try:
             slices.append(flat.reshape(shape))

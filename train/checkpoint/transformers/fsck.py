@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from train.checkpoint.findings import Ability, Findings
+from train.checkpoint.findings import Ability, Findings, inner_damage
 from train.checkpoint_folders import GOLDEN_LOGITS
 
 _NEEDED = ("config.json", "trainer_state.json", "scheduler.pt")
@@ -16,7 +15,9 @@ _NEEDED = ("config.json", "trainer_state.json", "scheduler.pt")
 def inspect(folder: Path) -> Findings:
     """Looks at everything but the recorded checksums, which are the caller's."""
     spread = any(folder.glob("global_step*"))  # DeepSpeed keeps its own state in a folder below
-    problems = [*_missing(folder, spread=spread), *_states(folder), *_weights(folder)]
+    problems = [*_missing(folder, spread=spread), *_weights(folder)]
+    for file in sorted([*folder.rglob("*.pt"), *folder.rglob("*.pth")]):
+        problems += inner_damage(folder, str(file.relative_to(folder)))
     notes = [] if (folder / GOLDEN_LOGITS).is_file() else [f"no {GOLDEN_LOGITS}: an export is not held against it"]
     ranks = "by as many ranks as before, whose state ZeRO has spread" if spread else "by any number of ranks"
     abilities = (
@@ -41,20 +42,6 @@ def _missing(folder: Path, *, spread: bool) -> Iterator[str]:
             yield f"{index.name}: damaged ({error!r})"
             return
         yield from (f"{name}: missing" for name in sorted(shards) if not (folder / name).is_file())
-
-
-def _states(folder: Path) -> Iterator[str]:
-    """torch writes zip files, which hold a CRC-32 of each of their parts."""
-    for file in sorted([*folder.rglob("*.pt"), *folder.rglob("*.pth")]):
-        name = file.relative_to(folder)
-        try:
-            with zipfile.ZipFile(file) as archive:
-                broken = archive.testzip()
-        except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-            yield f"{name}: truncated or damaged ({error})"
-            continue
-        if broken is not None:
-            yield f"{name}: its part {broken} is damaged (CRC-32)"
 
 
 def _weights(folder: Path) -> Iterator[str]:
