@@ -173,6 +173,15 @@ def test_found_only_when_it_is_whole(repository: Path, monkeypatch: pytest.Monke
     assert "pretrain_gpt.py missing" in checkout.why_missing()
 
 
+def test_other_versions_that_are_installed_are_named(repository: Path) -> None:
+    commit = git(repository, "rev-parse", "v1")
+    clone(str(repository), commit, checkout.folder_for(commit), timeout_s=60)
+    assert "Other versions" not in checkout.why_missing()  # its helpers are not built
+    helpers_build.build_helpers(checkout.folder_for(commit))
+    told = checkout.why_missing()
+    assert told.endswith(f"MEGATRON_DEEPSPEED_DIR={checkout.folder_for(commit)} takes one.")
+
+
 def test_a_checkout_elsewhere_wins(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     helpers_build.build_helpers(repository)
     monkeypatch.setenv(checkout.DIRECTORY_VARIABLE, str(repository))

@@ -89,7 +89,9 @@ def why_missing() -> str:
     lacks = _lacks(path)
     if not lacks:
         return ""
-    return f"no Megatron-DeepSpeed in {path} ({reason}): {lacks}; run {INSTALL_COMMAND}."
+    others = sorted(str(folder) for folder in cache_dir().glob("[!.]*") if not _lacks(folder))
+    choose = f" Other versions are installed: {DIRECTORY_VARIABLE}={' or '.join(others)} takes one." if others else ""
+    return f"no Megatron-DeepSpeed in {path} ({reason}): {lacks}; run {INSTALL_COMMAND}.{choose}"
 
 
 def helpers_file(path: Path) -> Path:
