@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from train.checkpoint import kind
 from train.checkpoint.export import ExportResult
-from train.checkpoint.megatron import gpt2, merge, qkv_layout, reader
-from train.checkpoint.megatron.export import _ShardWriter, export, weights
+from train.checkpoint.megatron import configuration, merge, qkv_layout, reader
+from train.checkpoint.megatron.export import export, weights
 from train.engine.megatron_deepspeed.checkout import PINNED_COMMIT
 from train.errors import UserError, VerificationError
 
@@ -82,7 +82,7 @@ def test_gelu_follows_the_run(tmp_path: Path, arguments: dict[str, bool], activa
 
 
 def test_gelu_without_fusion_is_erf() -> None:
-    assert gpt2.activation(argparse.Namespace(bias_gelu_fusion=False)) == "gelu"
+    assert configuration.activation(argparse.Namespace(bias_gelu_fusion=False)) == "gelu"
 
 
 def test_config_comes_from_the_run(tmp_path: Path) -> None:
@@ -129,19 +129,6 @@ def test_door_knows_this_kind_and_its_weights(tmp_path: Path) -> None:
     step_dir = write_checkpoint(tmp_path, random_gpt2())
     assert kind.detect(step_dir).kind == kind.MEGATRON
     assert dict(weights(step_dir, vocab_size=VOCAB_SIZE))["transformer.wte.weight"].shape == (VOCAB_SIZE, 32)
-
-
-def test_shards_and_their_index(tmp_path: Path) -> None:
-    from transformers.utils.hub import get_checkpoint_shard_files
-
-    writer = _ShardWriter(tmp_path, shard_bytes=100)
-    for number in range(3):
-        writer.add(f"t{number}", torch.full((20,), float(number)))
-    writer.finish()
-    files, _ = get_checkpoint_shard_files(str(tmp_path), str(tmp_path / "model.safetensors.index.json"))
-    merged = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    assert len(files) == 3 and sorted(path.name for path in tmp_path.glob("shard*")) == []
-    assert all(bool((merged[f"t{number}"] == number).all()) for number in range(3))
 
 
 class Malicious:
@@ -269,13 +256,20 @@ def test_longer_sequences_than_positions_are_refused(tmp_path: Path) -> None:
         run_export(step_dir, tmp_path / "hf", length=17)
 
 
-@pytest.mark.parametrize("arguments", [
-    {"swiglu": True}, {"normalization": "rmsnorm"}, {"untie_embeddings_and_output_weights": True},
-    {"use_rotary_position_embeddings": True}, {"num_key_value_heads": 2}, {"num_experts": [4]},
+LLAMA = {"use_rotary_position_embeddings": True, "swiglu": True, "normalization": "rmsnorm"}
+
+
+@pytest.mark.parametrize(("arguments", "family", "wrong"), [
+    ({"swiglu": True}, "GPT-2", "swiglu is True"), ({"normalization": "rmsnorm"}, "GPT-2", "normalization is rmsnorm"),
+    ({"apply_layernorm_1p": True}, "GPT-2", "apply_layernorm_1p is True"),
+    ({"num_key_value_heads": 2}, "GPT-2", "num_key_value_heads is 2"),
+    ({"num_experts": [4]}, "GPT-2", "num_experts is"),
+    (LLAMA | {"normalization": "layernorm"}, "Llama", "normalization is layernorm"),
+    (LLAMA | {"rotary_percent": 0.5}, "Llama", "rotary_percent is 0.5"),
 ])  # fmt: skip
-def test_other_shapes_are_refused(tmp_path: Path, arguments: dict[str, object]) -> None:
+def test_other_shapes_are_refused(tmp_path: Path, arguments: dict[str, object], family: str, wrong: str) -> None:
     step_dir = write_checkpoint(tmp_path, random_gpt2(), **arguments)
-    with pytest.raises(UserError, match=f"not a GPT-2 \\({next(iter(arguments))} is"):
+    with pytest.raises(UserError, match=f"not a {family} \\({wrong}"):
         run_export(step_dir, tmp_path / "hf")
 
 

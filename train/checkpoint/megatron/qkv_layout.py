@@ -11,7 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from train.checkpoint.megatron import gpt2
+from train.checkpoint.megatron import configuration
+from train.checkpoint.megatron.huggingface_view import open_view
 from train.checkpoint.megatron.layout import MegatronCheckpoint
 from train.checkpoint.megatron.merge import PER_HEAD, PER_RANK
 from train.checkpoint_folders import GOLDEN_LOGITS
@@ -22,6 +23,7 @@ _BY_COMMIT = {
     "6acc370a41440098031227e881bd9f1f23aa369e": PER_HEAD,
     "4efb479d5317ce9b86096b9d8e3e8030b0b5263b": PER_RANK,
 }
+ORDER = "query_key_value_order"  # our own argument, in an imported checkpoint
 _FAR = 0.05  # relative; a wrong order of trained weights is off by far more, rounding to bf16 by far less
 
 
@@ -31,6 +33,9 @@ def find(checkpoint: MegatronCheckpoint, *, vocab_size: int) -> tuple[str, str]:
     Raises:
         VerificationError: neither order gives the engine's own logits.
     """
+    imported = getattr(checkpoint.arguments, ORDER, None)
+    if imported is not None:
+        return str(imported), "as the import wrote it"
     commit = recorded_commit(checkpoint.folder)
     if commit in _BY_COMMIT:
         return _BY_COMMIT[commit], f"of engine commit {commit[:8]}"
@@ -80,17 +85,12 @@ def _golden_metadata(file: Path) -> dict[str, str]:
 
 def _distance(checkpoint: MegatronCheckpoint, order: str, golden_file: Path, vocab_size: int) -> float:
     """Largest difference to the golden logits, relative to the largest of them, in float32."""
-    import torch
-    from transformers import GPT2LMHeadModel
-
+    from train.checkpoint.streamed_model import compute_logits
     from train.checkpoint.verify import read_golden_logits
 
     input_ids, golden, _ = read_golden_logits(golden_file)
-    config = gpt2.build_config(checkpoint.arguments, vocab_size=vocab_size, dtype="float32")
-    model = GPT2LMHeadModel(config).eval()
-    state = {name: tensor.float() for name, tensor in gpt2.tensors(checkpoint, vocab_size=vocab_size, qkv_layout=order)}
-    model.load_state_dict(state, strict=False)  # the head is tied to the embedding
-    with torch.no_grad():
-        logits = model(input_ids).logits
+    config = configuration.to_huggingface(checkpoint.arguments, vocab_size=vocab_size, dtype="float32")
+    view = open_view(checkpoint, vocab_size=vocab_size, order=order)
+    logits = compute_logits(config, input_ids, view.names, view.read)
     golden = golden[..., :vocab_size]
     return float((logits - golden).abs().max() / golden.abs().max())
