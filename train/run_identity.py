@@ -44,6 +44,8 @@ def build(recipe: PretrainRecipe, engine: str, allocation: Allocation, inputs: I
         "settings": plain,
         "inputs": {str(file): manifest.identity(file) for file in inputs},
         "engine": engine,
+        # another version may read the same weights in another order (query, key and value since 676a482c)
+        "engine_commit": choose.commit(engine),
         # optimizer state that DeepSpeed has spread belongs to this number of ranks
         "processes": allocation.world_size if choose.uses_deepspeed(engine, recipe) else None,
         "device": allocation.device,
@@ -90,6 +92,8 @@ def check(run_folder: RunFolder, identity: dict[str, Any]) -> None:
     known = {key: value for key, value in former.items() if key != _STRETCHES}
     for path, before, now in same_run.differences(known, identity):
         if path in _LAYOUT and identity["engine"] == former["engine"] == choose.MEGATRON:
+            continue
+        if path == ("engine_commit",) and "engine_commit" not in former:  # begun before it was recorded
             continue
         if path[-1] == "train_tokens" and identity["engine"] == choose.TRANSFORMERS and before < now:
             print(f"--train_tokens grows from {before:,} to {now:,}: the order of the data is drawn anew from here on")

@@ -44,6 +44,20 @@ def test_megatron_goes_on_in_another_layout(run_folder: RunFolder) -> None:
     run_identity.check(run_folder, identity(*OTHER_LAYOUT, processes=8))
 
 
+def test_another_version_of_the_engine_is_refused(run_folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """6acc370a's weights under 4efb479d: query, key and value are read in another order, and the loss jumps."""
+    monkeypatch.setattr(run_identity.choose, "commit", lambda _engine: "6acc370a")
+    began = identity()
+    begin(run_folder, began)
+    run_identity.check(run_folder, identity())
+    monkeypatch.setattr(run_identity.choose, "commit", lambda _engine: "4efb479d")
+    with pytest.raises(UserError, match="holds another run .engine_commit: '6acc370a' there, '4efb479d' now"):
+        run_identity.check(run_folder, identity())
+    del began["engine_commit"]  # as versions before this one recorded it
+    begin(run_folder, began)
+    run_identity.check(run_folder, identity())
+
+
 @pytest.mark.parametrize(
     ("words", "difference"),
     [
