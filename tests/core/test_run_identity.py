@@ -51,7 +51,7 @@ def test_another_version_of_the_engine_is_refused(run_folder: RunFolder, monkeyp
     begin(run_folder, began)
     run_identity.check(run_folder, identity())
     monkeypatch.setattr(run_identity.choose, "commit", lambda _engine: "4efb479d")
-    with pytest.raises(UserError, match="holds another run .engine_commit: '6acc370a' there, '4efb479d' now"):
+    with pytest.raises(UserError, match=r"holds another run .engine_commit: '6acc370a' there, '4efb479d' now"):
         run_identity.check(run_folder, identity())
     del began["engine_commit"]  # as versions before this one recorded it
     begin(run_folder, began)
