@@ -4,10 +4,10 @@
     list(damage(folder))                       # by size: a moment
     list(damage(folder, contents=True))        # by checksum: reads every byte
 
-The checksum is CRC-32, from zlib. It finds every change of one to three bits and every burst of up to 32, and any other
-change but one in 4 billion; it is no protection against a forger, for whom no list beside the files would be one. Of
-the standard library's sums it is by far the fastest, per core on the machine of docs/megatron_deepspeed.md: 1.9 GB/s,
-against 1.0 of SHA-256 and 0.7 of BLAKE2b. zlib lets go of Python's lock, so that threads add up.
+The checksum is CRC-32, from zlib. It finds every changed bit and every burst of up to 32 in a file of any length, and
+any other change but one in 4 billion; a forger it does not stop, as no list beside the files could. Of the standard
+library's sums it is by far the fastest, per core on the machine of docs/megatron_deepspeed.md: 1.9 GB/s, against 1.0 of
+SHA-256 and 0.7 of BLAKE2b. zlib lets go of Python's lock, so that threads add up.
 """
 
 from __future__ import annotations
