@@ -34,6 +34,7 @@ DRY_RUNS = {
         "--output_tokenizer_and_model_dir", "{out}"],
     "convert_tokenizer_from_sentencepiece_to_huggingface_transformers.py": [
         "--input_tokenizer_file", "no.model", "--input_model_max_length", "2048", "--output_tokenizer_dir", "{out}"],
+    "check_checkpoint.py": None,
     "verify_model.py": None,
     "upload_tokenizer_and_pretrained_model_to_huggingface_hub.py": [
         "--input_tokenizer_and_model_dir", "no", "--output_model_name", "n"],

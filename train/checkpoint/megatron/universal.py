@@ -5,7 +5,7 @@
 A universal checkpoint holds every parameter whole, with its two Adam moments; each rank of the new layout cuts its own
 share from it. The form is DeepSpeed's (`deepspeed/checkpoint/universal_checkpoint.py` reads it), the writer is ours:
 
-- DeepSpeed's converter loads files with `weights_only=False`; here they are read as all checkpoints are (reader.py).
+- DeepSpeed's converter runs what a file carries; here files are read as all checkpoints are (reader.py).
 - Upstream describes row-parallel weights only when it saved with two tensor ranks or more, so that its TP1 checkpoints
   would be cut along the wrong dimension; here the description comes from the parameters' names.
 - DeepSpeed drops the rows that pad the vocabulary and fills new ones with zeros. They take part in the softmax, so the
