@@ -23,7 +23,7 @@ from train.cluster import allocation as allocations
 from train.cluster.allocation import Allocation
 from train.deepspeed_ops import place_ops
 from train.engine import choose
-from train.errors import refuse
+from train.errors import UserError, refuse
 from train.monitor import progress, wandb_run
 from train.process import Command
 from train.recipe import PretrainRecipe
@@ -55,6 +55,8 @@ def pretrain(recipe: PretrainRecipe) -> int:
         if not recipe.overwrite:
             run_identity.check(run_folder, identity)
             run_folder = _going_on(run_folder, recipe, engine, allocation)
+        if recipe.overwrite or run_folder.latest_step() is None:
+            run_folder = _beginning(run_folder, recipe, engine)
         start = 0 if recipe.overwrite else run_folder.latest_step() or 0
         stretches = run_identity.stretches(former, _layout(recipe, allocation), start)
         command = choose.engine(engine).prepare(recipe, allocation, run_folder)
@@ -133,6 +135,24 @@ def _going_on(run_folder: RunFolder, recipe: PretrainRecipe, engine: str, alloca
     return dataclasses.replace(run_folder, load=load)
 
 
+def _beginning(run_folder: RunFolder, recipe: PretrainRecipe, engine: str) -> RunFolder:
+    """Takes the weights that the run is to begin with, where some are named.
+
+    Raises:
+        UserError: they are of another model or layout, or for another engine.
+    """
+    if recipe.checkpoint.initial_checkpoint_dir is None:
+        return run_folder
+    if engine != choose.MEGATRON:
+        raise UserError(
+            f"--initial_checkpoint_dir {recipe.checkpoint.initial_checkpoint_dir}: only --engine megatron-deepspeed begins"
+            " with a checkpoint's weights."
+        )
+    from train.checkpoint.megatron.initial import prepare_initial
+
+    return dataclasses.replace(run_folder, load=prepare_initial(recipe))
+
+
 def _engine(recipe: PretrainRecipe, allocation: Allocation, run_folder: RunFolder) -> tuple[str, str]:
     """The engine; checkpoints that are there decide before `auto` does."""
     resumes = recipe.parallel.engine == "auto" and not recipe.overwrite and run_folder.latest_step() is not None
@@ -158,7 +178,9 @@ def _announce(recipe: PretrainRecipe, engine: str, reason: str, allocation: Allo
     print(f"where: {allocation.reason}")
     print(f"layout: {choose.engine(engine).layout(recipe, allocation)}")
     start = None if recipe.overwrite else run_folder.latest_step()
-    begin = "from scratch" if start is None else f"goes on from step {start:,}"
+    initial = recipe.checkpoint.initial_checkpoint_dir
+    begin = "from scratch" if initial is None else f"begins with the weights in {initial}"
+    begin = begin if start is None else f"goes on from step {start:,}"
     print(f"job: {run_folder.job_name}, {recipe.train_steps:,} steps of {recipe.tokens_per_step:,} tokens, {begin}")
 
 

@@ -178,6 +178,10 @@ class CheckpointSettings:
 
     output_model_dir: Path = setting(help="folder for checkpoints, logs and TensorBoard files")
     job_name: str | None = setting(None, help="name of this run's folders; made from the recipe when not given")
+    initial_checkpoint_dir: Path | None = setting(
+        None, help="begin with the weights of this checkpoint of Megatron-DeepSpeed, such as one that"
+        " convert_huggingface_model_to_megatron_deepspeed.sh made, instead of random ones",
+    )  # fmt: skip
     save_interval: int = setting(1000, help="optimizer steps between checkpoints; the last step is always saved")
     keep_last: int = setting(0, help="checkpoints to keep; 0 keeps all")
     eval_interval: int = setting(1000, help="optimizer steps between evaluations; 0 evaluates never")
@@ -283,6 +287,8 @@ class PretrainRecipe:
             self.checkpoint,
             job_name=self.checkpoint.job_name or recipe.made_up_job_name(),
             output_model_dir=self.checkpoint.output_model_dir.absolute(),
+            initial_checkpoint_dir=self.checkpoint.initial_checkpoint_dir
+            and self.checkpoint.initial_checkpoint_dir.absolute(),
         )
         return dataclasses.replace(recipe, data=data, checkpoint=checkpoint)
 

@@ -24,17 +24,19 @@ from train.monitor import progress
 
 @dataclass(frozen=True)
 class Load:
-    """What Megatron-DeepSpeed loads when a run goes on.
+    """What Megatron-DeepSpeed loads when a run goes on, or begins with weights that are there.
 
     Attributes:
-        tag: the folder, inside the job's checkpoint folder.
+        tag: the checkpoint's folder, inside the job's.
         is_universal: whether it is in DeepSpeed's form for other layouts.
         vocabulary_divisor: upstream's --make-vocab-size-divisible-by, where its default would change the embedding.
+        initial_from: the folder with the tag when the run begins, from the weights alone; None when it goes on.
     """
 
     tag: str
     is_universal: bool = False
     vocabulary_divisor: int | None = None
+    initial_from: Path | None = None
 
 
 @dataclass(frozen=True)

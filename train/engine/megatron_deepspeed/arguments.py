@@ -133,9 +133,10 @@ def _files(recipe: PretrainRecipe, run_folder: RunFolder) -> tuple[str, ...]:
     ]
     if logging.log_optimizer_state:
         words.append("--log-optimizer-states-to-tensorboard")
-    load = None if recipe.overwrite else run_folder.what_to_load()
+    load = run_folder.load if recipe.overwrite else run_folder.what_to_load()
     if load is not None:
-        words += ["--load", str(run_folder.checkpoint_dir), "--load-tag", load.tag]
+        words += ["--load", str(load.initial_from or run_folder.checkpoint_dir), "--load-tag", load.tag]
+        words += ["--finetune"] if load.initial_from else []  # weights only, from step 0
         words += ["--universal-checkpoint"] if load.is_universal else []
         if load.vocabulary_divisor is not None:
             words += ["--make-vocab-size-divisible-by", str(load.vocabulary_divisor)]

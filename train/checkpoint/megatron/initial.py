@@ -1,0 +1,95 @@
+"""A run that begins with the weights of a checkpoint that is there: of a Hugging Face model, or of another run.
+
+    load = prepare_initial(recipe)          # what the engine is told to load; refused when it is another model
+
+Weights only: the optimizer, the learning rate's schedule and the order of the data begin anew, at step 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from train.checkpoint import kind
+from train.checkpoint.megatron import configuration, vocabulary
+from train.checkpoint.megatron.families import GPT2
+from train.checkpoint.megatron.layout import MegatronCheckpoint, open_checkpoint
+from train.errors import UserError, refuse
+from train.recipe import PretrainRecipe
+from train.run_folder import Load
+
+_ERF_GELU = "--no-bias-gelu-fusion"
+_SAME = {
+    "num_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_key_value_heads",
+    "ffn_hidden_size": "ffn_hidden_size",
+    "norm_epsilon": "layernorm_epsilon",
+}
+
+
+def prepare_initial(recipe: PretrainRecipe) -> Load:
+    """What to load for `--initial_checkpoint_dir`.
+
+    Raises:
+        UserError: it is no checkpoint of Megatron-DeepSpeed, or of another model or layout than the recipe's; all
+            differences at once.
+    """
+    given = recipe.checkpoint.initial_checkpoint_dir
+    assert given is not None
+    if not given.is_dir():
+        raise UserError(f"--initial_checkpoint_dir {given} is not a folder: name a checkpoint, or what holds it.")
+    folder, _ = kind.resolve(given)
+    checkpoint = open_checkpoint(folder)
+    refuse(f"--initial_checkpoint_dir {given}: {problem}" for problem in _problems(recipe, checkpoint))
+    rows = checkpoint.saved.padded_vocab_size
+    assert rows is not None
+    return Load(
+        folder.name, vocabulary_divisor=rows // recipe.parallel.tensor_parallel_size, initial_from=folder.parent
+    )
+
+
+def _problems(recipe: PretrainRecipe, checkpoint: MegatronCheckpoint) -> Iterator[str]:
+    model, parallel, arguments = recipe.model, recipe.parallel, checkpoint.arguments
+    family = configuration.family_of(arguments)
+    wanted = "gpt2" if model.architecture == "gpt2" else "llama"
+    if family.name != wanted:
+        yield f"it holds a {family.name}, --architecture is {model.architecture}."
+        return
+    for ours, theirs in _SAME.items():
+        value = getattr(arguments, theirs, None) or arguments.num_attention_heads
+        if getattr(model, ours) != value:
+            yield f"it has {ours} {value}, the recipe {getattr(model, ours)}; pass --{ours} {value}."
+    if model.tie_word_embeddings != configuration.is_tied(arguments):
+        is_tied = configuration.is_tied(arguments)
+        yield f"its tie_word_embeddings is {is_tied}; pass --tie_word_embeddings {is_tied}."
+    if family is GPT2:
+        positions = arguments.max_position_embeddings
+        if model.sequence_length != positions:
+            yield f"it has {positions} learned positions; pass --sequence_length {positions}."
+        if configuration.activation(arguments) == "gelu" and _ERF_GELU not in parallel.megatron_arguments:
+            yield f"its GELU is the erf form; pass --megatron_arguments={_ERF_GELU}."
+    elif float(getattr(arguments, "rope_theta", 10000)) != model.rope_theta:
+        yield f"its rope_theta is {arguments.rope_theta}, the recipe's {model.rope_theta:g}; pass --rope_theta."
+    yield from _layout_problems(recipe, checkpoint)
+
+
+def _layout_problems(recipe: PretrainRecipe, checkpoint: MegatronCheckpoint) -> Iterator[str]:
+    saved, parallel = checkpoint.saved, recipe.parallel
+    again = "import it again for this layout, or train in that one"
+    if saved.tensor_parallel_size != parallel.tensor_parallel_size:
+        yield (
+            f"it is cut for {saved.tensor_parallel_size} tensor ranks, --tensor_parallel_size is"
+            f" {parallel.tensor_parallel_size}: {again}."
+        )
+    if saved.has_pipeline_module == parallel.no_pipeline_parallel:
+        form = "is" if saved.has_pipeline_module else "is not"
+        yield f"its form {form} that of the pipeline module, --no_pipeline_parallel says otherwise: {again}."
+    needed, rows = _tokenizer_size(recipe.data.input_tokenizer_file), saved.padded_vocab_size or 0
+    if needed > rows:
+        yield f"it has {rows} vocabulary rows, the engine needs {needed} for --input_tokenizer_file: {again}."
+
+
+def _tokenizer_size(file: Path) -> int:
+    return vocabulary.engine_vocab_size(file)
