@@ -1,54 +1,35 @@
-"""DeepSpeed's compiled part on a CPU, built once per set of versions and copied into each run.
+"""What DeepSpeed compiles when it is first used: one op is left out, the others find a folder they can be built in.
 
-DeepSpeed compiles its shared-memory op when it is first used, half a minute, in a folder that all runs of a user share.
-A build that is killed leaves a `lock` there, and every later run waits for it for ever. So the op is built here under
-a lock that dies with its owner, appears whole or not at all, and each run gets a copy of its own.
+On CPUs DeepSpeed compiles a shared-memory op at start-up: half a minute, a C++ compiler and Python's headers, 69 MB in
+/dev/shm for each rank that no run ever gives back, and a `lock` that hangs every later run when a build is killed.
+Training never calls it (DeepSpeed 0.19.8: `inference_all_reduce` alone does), so that here no run has it.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
-import platform
 import shlex
-import shutil
-import sys
-from importlib import metadata
 from pathlib import Path
 
-from train import outputs, process
-from train.errors import UserError
-from train.process import Command
-
-_CACHE = Path(__file__).resolve().parents[1] / ".cache" / "torch_extensions"
-_BUILD = """
-from train.deepspeed_ops import quote_library_path
-from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
-quote_library_path()
-ShareMemCommBuilder().load(verbose=False)
-"""
+_SHARED_MEMORY_OP = "deepspeed_shm_comm"
 
 
-def place_ops(extensions_dir: Path, *, cache: Path | None = None) -> None:
-    """Makes `extensions_dir`, the run's TORCH_EXTENSIONS_DIR, hold the compiled op and no stale lock.
+def init_distributed() -> None:
+    """Starts DeepSpeed's process group on CPUs, which transformers leaves out with `use_cpu`."""
+    import deepspeed
 
-    Raises:
-        UserError: the op cannot be compiled; the compiler's words are in the message.
-    """
-    versions = "-".join(f"{name}{metadata.version(name)}" for name in ("torch", "deepspeed"))
-    built = (cache or _CACHE) / f"python{platform.python_version()}-{versions}-{platform.machine()}"
-    built.parent.mkdir(parents=True, exist_ok=True)
-    with (built.parent / ".building").open("w") as guard:
-        fcntl.flock(guard, fcntl.LOCK_EX)  # the kernel lets go of it when its owner dies
-        if not built.is_dir():
-            _build(built)
-    shutil.rmtree(extensions_dir, ignore_errors=True)
-    extensions_dir.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(built, extensions_dir)  # times of change are kept, so nothing is compiled again
+    leave_out_shared_memory_op()
+    deepspeed.init_distributed(dist_backend="gloo")
+
+
+def leave_out_shared_memory_op() -> bool:
+    """Tells DeepSpeed that its shared-memory op cannot be built; returns whether it would have been."""
+    import deepspeed
+
+    return bool(deepspeed.ops.__compatible_ops__.pop(_SHARED_MEMORY_OP, False))
 
 
 def quote_library_path() -> None:
-    """Lets the op be linked, and found up to date, by an environment whose path has a space; every rank calls it.
+    """Lets an op be linked by an environment whose path has a space; every rank that may compile one calls it.
 
     torch writes its library folder into the linker's command without quotes (torch/utils/cpp_extension.py, 2.13).
     """
@@ -57,26 +38,7 @@ def quote_library_path() -> None:
     cpp_extension.TORCH_LIB_PATH = shlex.quote(cpp_extension.TORCH_LIB_PATH)
 
 
-def init_distributed() -> None:
-    """Starts DeepSpeed's process group on CPUs, which transformers leaves out with `use_cpu`."""
-    import deepspeed
-
-    quote_library_path()
-    deepspeed.init_distributed(dist_backend="gloo")
-
-
-def _build(built: Path) -> None:
-    print("compiling DeepSpeed's shared-memory op, once for this set of versions", flush=True)
-    with outputs.new_folder(built) as folder:
-        environment = {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(folder), "PATH": _path_with_ninja()}
-        code, text = process.capture(Command((sys.executable, "-c", _BUILD), environment), timeout_s=900)
-        if code:
-            raise UserError(
-                "DeepSpeed's shared-memory op cannot be compiled; it needs a C++ compiler and Python's headers"
-                f" (Debian: apt-get install g++ python3-dev). The compiler said:\n{text[-2000:]}"
-            )
-
-
-def _path_with_ninja() -> str:
-    """PATH with this interpreter's own programs in front: ninja is installed beside it, active environment or not."""
-    return os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
+def remove_stale_locks(extensions_dir: Path) -> None:
+    """Removes what killed builds left in a run's own TORCH_EXTENSIONS_DIR; the run must not be running."""
+    for lock in extensions_dir.glob("*/lock"):
+        lock.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ from train import manifest, outcome, outputs, process, resume, run_identity, sam
 from train.checkpoint_folders import remove_leftovers, remove_universal
 from train.cluster import allocation as allocations
 from train.cluster.allocation import Allocation
-from train.deepspeed_ops import place_ops
+from train.deepspeed_ops import remove_stale_locks
 from train.engine import choose
 from train.errors import UserError, refuse
 from train.monitor import progress, wandb_run
@@ -36,8 +36,12 @@ STEP = "pretrain_model"
 
 
 def pretrain(recipe: PretrainRecipe) -> int:
-    """Trains `recipe`, or with --dry_run prints what would run."""
+    """Trains `recipe`, or with --dry_run prints what would run, or with --rehearse tries its layout out."""
     recipe = _with_wandb_group(recipe.resolved())
+    if recipe.rehearse:
+        from train.rehearse import rehearse
+
+        return rehearse(recipe)
     assert recipe.checkpoint.job_name is not None
     run_folder = RunFolder(recipe.checkpoint.output_model_dir, recipe.checkpoint.job_name)
     allocation = allocations.find(num_processes=recipe.parallel.num_processes, device=recipe.parallel.device)
@@ -64,8 +68,7 @@ def pretrain(recipe: PretrainRecipe) -> int:
         _describe_blend(parts, recipe.training.train_tokens)
         if engine == choose.MEGATRON:
             _warn_of_uncounted_ends(parts)
-        if allocation.device == "cpu" and choose.uses_deepspeed(engine, recipe):
-            place_ops(run_folder.extensions_dir)
+        remove_stale_locks(run_folder.extensions_dir)
         if recipe.overwrite:
             _remove(run_folder)
         record = run_identity.with_stretches(identity, stretches)

@@ -233,6 +233,10 @@ class PretrainRecipe:
     parallel: ParallelSettings = section(ParallelSettings)
     logging: LoggingSettings = section(LoggingSettings)
     dry_run: bool = setting(False, help="print what would run, and run nothing", flag_only=True)
+    rehearse: bool = setting(
+        False, help="run this layout with a tiny model on CPU processes: train, save, resume, export, verify",
+        flag_only=True,
+    )  # fmt: skip
     overwrite: bool = setting(False, help="start again from step 0, replacing this job's checkpoints", flag_only=True)
 
     def resolved(self) -> PretrainRecipe:

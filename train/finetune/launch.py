@@ -26,7 +26,7 @@ from train.checkpoint import lineage, verification
 from train.cluster import allocation as allocations
 from train.cluster.allocation import Allocation
 from train.cluster.ranks import rank_environment, torchrun
-from train.deepspeed_ops import place_ops
+from train.deepspeed_ops import remove_stale_locks
 from train.errors import UserError, refuse
 from train.finetune import deepspeed_config, inputs
 from train.finetune.examples import Account
@@ -318,8 +318,7 @@ def _prepare(
 def _train(plan: Plan, where: Allocation, folder: FinetuneFolder) -> None:
     print(f"where: {where.reason}")
     print(f"batch: {_layout(plan.finetune, where)}", flush=True)
-    if where.device == "cpu" and _deepspeed_file(plan.finetune, folder) is not None:
-        place_ops(folder.extensions_dir)
+    remove_stale_locks(folder.extensions_dir)
     log = folder.log(socket.gethostname(), time.strftime("%Y.%m.%d_%H.%M.%S"))
     status = process.run(build_command(plan.finetune, where, folder), log=log)
     outcome.check(folder.outcome, status, log=log)

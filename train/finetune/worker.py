@@ -52,6 +52,8 @@ def train(plan: Plan, folder: FinetuneFolder) -> None:
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' affair: hundreds under DeepSpeed
     arguments = training_arguments(plan, folder)
+    if plan.deepspeed_config is not None:
+        deepspeed_ops.quote_library_path()
     if plan.deepspeed_config is not None and plan.device == "cpu":
         deepspeed_ops.init_distributed()  # after the arguments and before the model
     tokenizer = AutoTokenizer.from_pretrained(folder.tokenizer_dir, local_files_only=True)

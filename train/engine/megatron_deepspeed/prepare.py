@@ -7,7 +7,7 @@ import json
 from train import settings
 from train.cluster.allocation import Allocation
 from train.cluster.ranks import rank_environment, torchrun
-from train.engine.megatron_deepspeed import checkout, pass_through
+from train.engine.megatron_deepspeed import checkout, other_versions, pass_through
 from train.engine.megatron_deepspeed.arguments import megatron_arguments
 from train.engine.megatron_deepspeed.checks import problems
 from train.engine.megatron_deepspeed.deepspeed_config import deepspeed_config
@@ -28,9 +28,9 @@ def prepare(recipe: PretrainRecipe, allocation: Allocation, run_folder: RunFolde
     if found is None:
         raise UserError(checkout.why_missing())
     arguments = megatron_arguments(recipe, allocation, run_folder, _data_path(recipe))
-    further = recipe.parallel.megatron_arguments
-    refuse(pass_through.problems(further, arguments, pass_through.known_flags(found.path)) if further else [])
-    arguments += pass_through.words(further)
+    further, known = recipe.parallel.megatron_arguments, pass_through.known_flags(found.path)
+    refuse(pass_through.problems(further, arguments, known) if further else [])
+    arguments = other_versions.fitted(arguments, known, found) + pass_through.words(further)
     files = {
         run_folder.recipe: settings.to_yaml(recipe),
         run_folder.deepspeed_config: json.dumps(deepspeed_config(recipe), indent=2) + "\n",

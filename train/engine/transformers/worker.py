@@ -51,6 +51,8 @@ def pretrain(recipe: PretrainRecipe, run_folder: RunFolder) -> None:
 
     transformers_logging.disable_progress_bar()
     arguments = training_arguments(recipe, run_folder)
+    if arguments.deepspeed:
+        deepspeed_ops.quote_library_path()
     if arguments.deepspeed and arguments.device.type == "cpu":
         deepspeed_ops.init_distributed()
     leads = arguments.process_index == 0

@@ -20,6 +20,7 @@ DISABLED_VARIABLE = "TRAIN_DISABLED_PATCHES"
 # Stand-ins for absent modules come first: the others import upstream's code.
 _MODULES = (
     "deepspeed_compression",
+    "shared_memory_op",
     "torchvision_absent",
     "apex_absent",
     "dataset_helpers",
