@@ -12,7 +12,7 @@ import pytest
 
 from train import settings
 from train.cluster.allocation import Allocation
-from train.engine.megatron_deepspeed import checkout, prepare
+from train.engine.megatron_deepspeed import checkout, other_versions, prepare
 from train.engine.megatron_deepspeed.arguments import megatron_arguments
 from train.engine.megatron_deepspeed.checkout import Checkout
 from train.engine.megatron_deepspeed.deepspeed_config import deepspeed_config
@@ -50,8 +50,17 @@ def allocation(processes: int, device: str = "cpu") -> Allocation:
     return Allocation(("host",), processes, device, "a test")
 
 
+def rendered_flags() -> set[str]:
+    """All flags in the golden files; the pinned version knows them."""
+    words = " ".join(
+        file.read_text() for file in (Path(__file__).parent / "golden").glob("megatron_arguments_*")
+    ).split()
+    return {word for word in words if word.startswith("--")} | {"--load", "--load-tag", "--finetune"}
+
+
 @pytest.fixture
 def no_checkout_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare.pass_through, "known_flags", lambda _checkout: rendered_flags())
     monkeypatch.setattr(checkout, "find_checkout", lambda: Checkout(Path("/mds"), "c0ffee", "a test"))
 
 
@@ -155,7 +164,8 @@ def test_command(no_checkout_needed: None, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.fixture
 def small_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "megatron").mkdir()
-    flags = ("'--rampup-batch-size', nargs='*'", "'--num-layers', type=int", "'--embedding-weights-in-fp32',")
+    flags = ["'--rampup-batch-size', nargs='*'", "'--num-layers', type=int", "'--embedding-weights-in-fp32',"]
+    flags += [f"'{flag}'," for flag in sorted(rendered_flags())]
     (tmp_path / "megatron" / "arguments.py").write_text("\n".join(f"g.add_argument({flag})" for flag in flags))
     monkeypatch.setattr(checkout, "find_checkout", lambda: Checkout(tmp_path, "c0ffee", "a test"))
 
@@ -182,6 +192,33 @@ def test_further_arguments_that_upstream_does_not_know_or_the_recipe_renders_are
 def test_unbalanced_quotes_in_further_arguments_are_refused() -> None:
     with pytest.raises(UserError, match="No closing quotation; quote it as in a shell"):
         recipe(megatron_arguments="--a 'b")
+
+
+def test_a_version_that_lacks_an_argument_goes_without_or_is_refused() -> None:
+    fork = Checkout(Path("/mds"), "1c68b0e71237e6d9734881ed6b99beae66d048cf", "a test")
+    known = {"--num-layers", "--data-path", "--swiglu"}
+    arguments = ("--num-layers", "2", "--data-path", "0.5", "a", "0.5", "b", "--swiglu")
+    implied = ("--rotary-position-embeddings-theta", "10000", "--load-tag", "global_step4")
+    assert other_versions.fitted((*implied, *arguments), known, fork) == arguments
+    with pytest.raises(UserError) as error:
+        other_versions.fitted(
+            (*arguments, "--rotary-position-embeddings-theta", "500000", "--load-tag", "global_step4_universal"),
+            known,
+            fork,
+        )
+    assert [problem.partition(" which this")[0] for problem in error.value.problems] == [
+        "this Megatron-DeepSpeed (/mds, commit 1c68b0e7) has no --rotary-position-embeddings-theta 500000,",
+        "this Megatron-DeepSpeed (/mds, commit 1c68b0e7) has no --load-tag global_step4_universal,",
+    ]
+    assert "use the pinned one (6acc370a; leave MEGATRON_DEEPSPEED_DIR unset)" in error.value.problems[0]
+
+
+@pytest.mark.megatron
+def test_the_pinned_version_knows_every_argument_that_is_rendered() -> None:
+    found = checkout.find_checkout()
+    if found is None or found.commit != checkout.PINNED_COMMIT:
+        pytest.skip(checkout.why_missing() or "another version is chosen")
+    assert rendered_flags() <= prepare.pass_through.known_flags(found.path)
 
 
 def test_blends_become_weights_and_prefixes(no_checkout_needed: None, monkeypatch: pytest.MonkeyPatch) -> None:

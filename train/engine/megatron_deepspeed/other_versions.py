@@ -1,0 +1,49 @@
+"""Fits rendered arguments to a version of Megatron-DeepSpeed that lacks some of them, such as the fork of early 2024.
+
+    arguments = fitted(arguments, pass_through.known_flags(found.path), found)
+
+What that version does without the argument anyway is left out; anything else is refused before a rank starts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+
+from train.engine.megatron_deepspeed.checkout import DIRECTORY_VARIABLE, PINNED_COMMIT, Checkout
+from train.errors import refuse
+
+# Flag -> the values that the versions without it take by themselves.
+_IMPLIED = {
+    "--rotary-position-embeddings-theta": re.compile("10000"),
+    "--load-tag": re.compile(r"global_step\d+"),  # DeepSpeed reads `latest`, which train/resume.py puts right
+}
+
+
+def fitted(arguments: Sequence[str], known: Collection[str], found: Checkout) -> tuple[str, ...]:
+    """The arguments that this version takes.
+
+    Args:
+        arguments: as rendered for the pinned version.
+        known: the flags of this version.
+        found: this version, for the message.
+
+    Raises:
+        UserError: it lacks something that the run cannot do without; all of it at once.
+    """
+    kept, problems = [], []
+    words = list(arguments)
+    while words:
+        flag, values = words.pop(0), []
+        while words and not words[0].startswith("--"):
+            values.append(words.pop(0))
+        if flag in known:
+            kept += [flag, *values]
+        elif not (flag in _IMPLIED and len(values) == 1 and _IMPLIED[flag].fullmatch(values[0])):
+            problems.append(
+                f"this Megatron-DeepSpeed ({found.path}, commit {found.commit[:8]}) has no {' '.join([flag, *values])},"
+                f" which this run needs: use the pinned one ({PINNED_COMMIT[:8]}; leave {DIRECTORY_VARIABLE} unset), or"
+                " change the recipe."
+            )
+    refuse(problems)
+    return tuple(kept)
