@@ -124,7 +124,7 @@ def table(cells: dict[tuple[str, str, str], Cell]) -> str:
     lines.append("|---|---|" + "---:|" * (len(engines) + len(mistakes)))
     for architecture, layout in dict.fromkeys((architecture, layout) for architecture, layout, _ in cells):
         row = [cells[architecture, layout, engine] for engine in engines]
-        shown = [cell.problem or f"{cell.difference:.1e}" for cell in row]
+        shown = [cell.problem or (f"{cell.difference:.1e}" if cell.difference else "0") for cell in row]
         for name in mistakes:
             values = [cell.mistakes[name] for cell in row if name in cell.mistakes]
             shown.append(f"*{min(values):.1e}*" if values else "")

@@ -69,11 +69,11 @@ def test_the_table_says_what_does_not_run_and_the_least_of_the_mistakes(parity: 
         ("GPT", "TP1", "aaaaaaaa"): parity.Cell(5.2e-7, dict(zip(names, (1.0, 2e-3), strict=True)), ""),
         ("GPT", "TP1", "bbbbbbbb"): parity.Cell(6e-7, dict(zip(names, (0.5, 3e-3), strict=True)), ""),
         ("GPT", "TP2", "aaaaaaaa"): parity.Cell(None, {}, "does not run: a reason"),
-        ("GPT", "TP2", "bbbbbbbb"): parity.Cell(6e-7, {}, ""),
+        ("GPT", "TP2", "bbbbbbbb"): parity.Cell(0.0, {}, ""),
     }
     assert parity.table(cells).splitlines()[2:] == [
         "| GPT | TP1 | 5.2e-07 | 6.0e-07 | *5.0e-01* | *2.0e-03* |",
-        "| GPT | TP2 | does not run: a reason | 6.0e-07 |  |  |",
+        "| GPT | TP2 | does not run: a reason | 0 |  |  |",
     ]
 
 
