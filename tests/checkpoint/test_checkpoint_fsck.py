@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from train import checkpoint_files, cli
+from train import checkpoint_files, cli, resume
 from train.checkpoint import check
 from train.checkpoint.megatron import fsck, reader
 from train.errors import UserError
@@ -240,6 +240,26 @@ def test_an_optimizer_that_is_not_there_is_found(upstream: Path) -> None:
     said = {name: value for name, value in vars(reader.load(file)["args"]).items() if isinstance(value, plain)}
     torch.save({"args": argparse.Namespace(**said), "module": None}, file)
     assert "mp_rank_01_model_states.pt: no optimizer state" in problems(upstream)
+
+
+def test_a_checkpoint_to_begin_with_holds_weights_only(
+    make_checkpoint: Any, tokenizer_file: Path, tmp_path: Path
+) -> None:
+    from train.checkpoint.megatron.import_huggingface import ImportSettings, import_model
+
+    source = make_checkpoint("llama")
+    settings = ImportSettings(source, tmp_path / "out", tensor_parallel_size=2, input_tokenizer_file=tokenizer_file)
+    assert import_model(settings) in (0, None)
+    findings = check.check_folder(tmp_path / "out" / "global_step0")
+    assert findings.problems == ()
+    assert [ability.possible for ability in findings.abilities] == [False, False, True]
+    assert "--initial_checkpoint_dir" in findings.abilities[0].reason
+
+
+def test_what_upstream_alone_has_saved_is_glanced_at_before_a_run_goes_on(upstream: Path) -> None:
+    assert resume.look(upstream.parent, node="a").steps == {8: ()}
+    (upstream / "mp_rank_03_model_states.pt").write_bytes(b"")
+    assert "truncated or damaged" in resume.look(upstream.parent, node="a").steps[8][0]
 
 
 class Runs:

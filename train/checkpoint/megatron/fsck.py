@@ -62,7 +62,7 @@ def inspect(folder: Path) -> Findings:
     problems += fsck_weights.problems(layout)
     if layout.zero_stage:
         problems += fsck_optimizer.zero_problems(layout)
-    else:
+    elif not layout.has_weights_only:
         problems += fsck_optimizer.plain_problems(layout)
     problems += _golden(layout, notes)
     return Findings(f"Megatron-DeepSpeed, {layout}", tuple(dict.fromkeys(problems)), tuple(notes), _abilities(layout))
@@ -70,19 +70,24 @@ def inspect(folder: Path) -> Findings:
 
 def _abilities(layout: SavedLayout) -> tuple[Ability, ...]:
     """What the checkpoint is good for, as long as nothing is wrong with it."""
+    if layout.has_weights_only:
+        beginning = "it holds weights only: a run begins with it (--initial_checkpoint_dir)"
+        again = "it holds weights only: import it again for other sizes"
+        return (Ability("resume", False, beginning), Ability("reshape", False, again), _export(layout))
     refusals = reshape.why_not(layout)
-    golden = (layout.folder / GOLDEN_LOGITS).is_file()
     return (
         Ability("resume", True, f"weights, optimizer and random state of step {layout.step}, in {layout}"),
         Ability("reshape", not refusals, "; ".join(refusals) or "by DeepSpeed's universal form"),
-        Ability(
-            "export",
-            True,
-            "against the engine's own logits"
-            if golden
-            else "with the weaker check: no golden logits to hold it against",
-        ),
+        _export(layout),
     )
+
+
+def _export(layout: SavedLayout) -> Ability:
+    golden = (layout.folder / GOLDEN_LOGITS).is_file()
+    proof = (
+        "against the engine's own logits" if golden else "with the weaker check: no golden logits to hold it against"
+    )
+    return Ability("export", True, proof)
 
 
 def _missing_or_foreign(layout: SavedLayout) -> Iterator[str]:
@@ -144,7 +149,7 @@ def _golden(layout: SavedLayout, notes: list[str]) -> Iterator[str]:
     except (SafetensorError, OSError, KeyError) as error:
         yield f"{GOLDEN_LOGITS}: truncated or damaged ({error})"
         return
-    rows = layout.padded_vocab_size
+    rows = None if layout.has_weights_only else layout.padded_vocab_size  # an import's are the other model's own
     if logits.ndim != 3 or logits.shape[:2] != ids.shape or (rows and logits.shape[2] != rows):
         yield f"{GOLDEN_LOGITS}: logits {list(logits.shape)} for ids {list(ids.shape)} and {rows} vocabulary rows"
     elif not bool(torch.isfinite(logits).all()):

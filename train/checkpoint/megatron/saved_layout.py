@@ -34,6 +34,7 @@ class SavedLayout:
         optimizer_prefix: what stands before `zero_pp_rank_` in the names of the optimizer files.
         has_pipeline_module: whether there is a file per layer.
         step: the optimizer step.
+        has_weights_only: whether it was imported, and no training has saved it: there is no optimizer yet.
     """
 
     folder: Path
@@ -45,6 +46,7 @@ class SavedLayout:
     optimizer_prefix: str
     has_pipeline_module: bool
     step: int
+    has_weights_only: bool = False
 
     @property
     def model_ranks(self) -> int:
@@ -113,16 +115,18 @@ def read_layout(folder: Path) -> SavedLayout:
     ):
         raise UserError(f"{first} does not hold the run's arguments: it was not written by Megatron-DeepSpeed.")
     names = [file.name for file in folder.iterdir()]
+    step, zero_stage = int(state.get("global_steps", state.get("iteration", 0))), _zero_stage(state, names)
     return SavedLayout(
         folder=folder,
         arguments=arguments,
         tensor_parallel_size=int(getattr(arguments, sizes[0], 1)),
         pipeline_parallel_size=int(getattr(arguments, sizes[1], 1)),
         data_parallel_size=int(state.get("dp_world_size") or getattr(arguments, "data_parallel_size", 1)),
-        zero_stage=_zero_stage(state, names),
+        zero_stage=zero_stage,
         optimizer_prefix="bf16_" if any(name.startswith("bf16_zero_pp_rank_") for name in names) else "",
         has_pipeline_module=state.get("module") is None,
-        step=int(state.get("global_steps", state.get("iteration", 0))),
+        step=step,
+        has_weights_only=step == 0 and zero_stage == 0 and state.get("optimizer") is None,
     )
 
 
