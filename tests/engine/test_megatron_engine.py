@@ -155,3 +155,30 @@ def test_what_does_not_fit_is_refused_before_anything_starts(pretrain: Any, outp
     done = pretrain("unfit", tensor_parallel_size=2, pipeline_parallel_size=2, num_processes=3)
     assert done.returncode == EXIT_USER and "world size 3 = 2 tensor x 2 pipeline" in done.stderr
     assert not (output / "checkpoint" / "unfit").exists()
+
+
+def test_a_llama_in_sequence_parallel_is_the_llama_without(pretrain: Any, output: Path, tmp_path: Path) -> None:
+    """Without the patch the norms of the two tensor ranks drift apart; with it nothing changes but the memory."""
+    layout = {"tensor_parallel_size": 2, "num_processes": 2}
+    shape = {"architecture": "llama", "num_key_value_heads": 2, "ffn_hidden_size": 24, "rope_theta": 5e4}
+    for job, more in (("llama", {}), ("llama_sp", {"sequence_parallel": True})):
+        done = pretrain(job, **layout, **shape, **more)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    plain, split = ([r["loss"] for r in metrics(output, job) if "loss" in r] for job in ("llama", "llama_sp"))
+    assert split == pytest.approx(plain, rel=1e-6)
+    assert distance_to_golden(output / "checkpoint" / "llama_sp" / "global_step8", tmp_path / "hf") < 1e-5
+
+
+def test_gpts_positions_and_biases_in_sequence_parallel(pretrain: Any, output: Path, tmp_path: Path) -> None:
+    layout = {"tensor_parallel_size": 2, "num_processes": 2, "sequence_parallel": True}
+    done = pretrain("gpt_sp", **layout, log_optimizer_state=True, zero_stage=1)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    # the export refuses weights that every rank keeps and the ranks disagree on
+    assert distance_to_golden(output / "checkpoint" / "gpt_sp" / "global_step8", tmp_path / "hf") < 1e-5
+
+
+def test_further_arguments_reach_the_engine(pretrain: Any, output: Path) -> None:
+    more = {"megatron_arguments": "--log-world-size-to-tensorboard --hysteresis 3", "zero_stage": 2}
+    done = pretrain("further", num_processes=2, no_pipeline_parallel=True, **more)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "hysteresis ...................................... 3" in done.stdout
