@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from train.engine.megatron_deepspeed.patches import (
     golden_logits,
     progress_lines,
     stand_in,
+    universal_notes,
 )
 from train.errors import EXIT_NON_FINITE_LOSS, NonFiniteLossError, UserError
 
@@ -58,6 +60,25 @@ def test_patches_are_switched_off_by_name() -> None:
 def test_unknown_patch_is_refused_with_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"no patch is called torchvison; there are .*torchvision"):
         patches.disabled_names({patches.DISABLED_VARIABLE: "torchvison"})
+
+
+def test_versions_whose_notes_cannot_be_taken_take_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Old:
+        def universal_checkpoint_info(self) -> object:
+            return self._get_tp_replicated_param_patterns()  # type: ignore[attr-defined]
+
+    class New:
+        universal_checkpoint_info = Old.universal_checkpoint_info
+
+        def _get_tp_replicated_param_patterns(self) -> list[str]:
+            return ["a pattern"]
+
+    for model, taken in ((Old, {}), (New, ["a pattern"])):
+        monkeypatch.setitem(sys.modules, "megatron", types.ModuleType("megatron"))
+        monkeypatch.setitem(sys.modules, "megatron.model", types.ModuleType("megatron.model"))
+        sys.modules["megatron.model"].GPTModel = model  # type: ignore[attr-defined]
+        assert bool(universal_notes.PATCH.apply(patches.Run())) == (model is Old)
+        assert model().universal_checkpoint_info() == taken
 
 
 def test_stand_in_refuses_to_be_called() -> None:

@@ -33,6 +33,7 @@ _MODULES = (
     "compiled_fusions",
     "rotary_positions",
     "sequence_parallel",
+    "universal_notes",
     "golden_logits",
     "whole_checkpoints",
     "progress_lines",
