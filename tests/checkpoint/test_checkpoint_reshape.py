@@ -165,6 +165,15 @@ def test_a_refusal_names_checkpoint_and_both_layouts(plain_dir: Path) -> None:
         reshape.prepare_load(plain_dir, ONE)
 
 
+def test_a_run_that_is_over_is_not_reshaped(step_dir: Path) -> None:
+    assert reshape.prepare_load(step_dir, AS_SAVED, is_last=True).tag == "global_step8"
+    with pytest.raises(
+        UserError, match="cannot go on in TP 1 x PP 1 x DP 1: the run is over, nothing is left to train"
+    ):
+        reshape.prepare_load(step_dir, ONE, is_last=True)
+    assert not universal_of(step_dir).exists()
+
+
 def test_a_full_disk_is_told_before_anything_is_written(step_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match="the universal form of global_step8 needs"):

@@ -33,8 +33,13 @@ class Target:
         return f"TP {self.tensor_parallel_size} x PP {self.pipeline_parallel_size} x DP {self.data_parallel_size}"
 
 
-def prepare_load(step_dir: Path, target: Target) -> Load:
+def prepare_load(step_dir: Path, target: Target, *, is_last: bool = False) -> Load:
     """What the engine is to load; the universal checkpoint is made first, where one is needed and not there.
+
+    Args:
+        step_dir: the checkpoint.
+        target: the layout that is asked for.
+        is_last: whether the run is over with this step.
 
     Raises:
         UserError: the checkpoint cannot be loaded in this layout; every reason is named.
@@ -47,7 +52,7 @@ def prepare_load(step_dir: Path, target: Target) -> Load:
         return load
     refuse(
         f"{step_dir} was saved in {layout} and cannot go on in {target}: {reason}. Go on in the layout it was saved in."
-        for reason in why_not(layout, target)
+        for reason in (["the run is over, nothing is left to train"] if is_last else why_not(layout, target))
     )
     folder = universal_dir(step_dir)
     if _source(folder) == _list_checksum(step_dir):
