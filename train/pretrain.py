@@ -149,8 +149,8 @@ def _beginning(run_folder: RunFolder, recipe: PretrainRecipe, engine: str) -> Ru
         return run_folder
     if engine != choose.MEGATRON:
         raise UserError(
-            f"--initial_checkpoint_dir {recipe.checkpoint.initial_checkpoint_dir}: only --engine megatron-deepspeed begins"
-            " with a checkpoint's weights."
+            f"--initial_checkpoint_dir {recipe.checkpoint.initial_checkpoint_dir}: only --engine megatron-deepspeed"
+            " begins with a checkpoint's weights."
         )
     from train.checkpoint.megatron.initial import prepare_initial
 
