@@ -2,6 +2,7 @@
 
     python tests/engine/megatron_tiny_run.py tests/checkpoint/megatron_tp2_pp2
     python tests/engine/megatron_tiny_run.py tests/checkpoint/megatron_tp2_dp2_zero1_bf16
+    python tests/engine/megatron_tiny_run.py tests/checkpoint/megatron_llama_tp2
 
 runs Megatron-DeepSpeed in that layout on this machine's CPU and copies its last checkpoint there.
 """
@@ -38,7 +39,9 @@ _RECIPE = {
     "log_interval": 1,
 }
 
-# The stored checkpoints. The second one is of a Llama shape, with grouped queries and a head of its own.
+# The stored checkpoints. The second and third are of a Llama shape, with grouped queries and a head of its own; the
+# third has all that a wrong export would show in: two key-value groups in each tensor rank, no rounding, a theta of its
+# own.
 _STORED: dict[str, dict[str, object]] = {
     "megatron_tp2_pp2": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
     "megatron_tp2_dp2_zero1_bf16": {
@@ -48,6 +51,17 @@ _STORED: dict[str, dict[str, object]] = {
         "architecture": "llama",
         "num_key_value_heads": 2,
         "ffn_hidden_size": 32,
+    },
+    "megatron_llama_tp2": {
+        "tensor_parallel_size": 2,
+        "architecture": "llama",
+        "hidden_size": 32,  # heads of width 2 would turn by one angle, whatever theta is
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "ffn_hidden_size": 24,
+        "rope_theta": 50,
+        "norm_epsilon": 1e-4,
+        "megatron_arguments": "--make-vocab-size-divisible-by 64",
     },
 }
 
