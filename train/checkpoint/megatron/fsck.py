@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from train.checkpoint.findings import Ability, Findings, inner_damage
+from train.checkpoint.findings import Ability, Findings, inner_damage, is_finite
 from train.checkpoint.megatron import fsck_optimizer, fsck_weights, reader, reshape
 from train.checkpoint.megatron.saved_layout import FILE_PATTERNS, SavedLayout, read_layout
 from train.checkpoint_files import recorded
@@ -135,7 +135,6 @@ def _loaded(file: Path) -> Any:
 
 
 def _golden(layout: SavedLayout, notes: list[str]) -> Iterator[str]:
-    import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -152,5 +151,5 @@ def _golden(layout: SavedLayout, notes: list[str]) -> Iterator[str]:
     rows = None if layout.has_weights_only else layout.padded_vocab_size  # an import's are the other model's own
     if logits.ndim != 3 or logits.shape[:2] != ids.shape or (rows and logits.shape[2] != rows):
         yield f"{GOLDEN_LOGITS}: logits {list(logits.shape)} for ids {list(ids.shape)} and {rows} vocabulary rows"
-    elif not bool(torch.isfinite(logits).all()):
+    elif not is_finite(logits):
         yield f"{GOLDEN_LOGITS}: NaN or infinite logits"

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from train.checkpoint.findings import is_finite
 from train.checkpoint.megatron import reader
 from train.checkpoint.megatron.saved_layout import SavedLayout
 from train.checkpoint.megatron.zero_state import RankState, read_rank_state
@@ -25,7 +26,6 @@ _UNUSED_AT_THE_END = ("tied_modules.embed.position_embeddings.weight",)
 
 def plain_problems(layout: SavedLayout) -> Iterator[str]:
     """What is wrong with a state that every data rank keeps whole, inside the model ranks' files."""
-    import torch
 
     for rank in range(layout.model_ranks):
         name = layout.model_file(rank)
@@ -42,7 +42,7 @@ def plain_problems(layout: SavedLayout) -> Iterator[str]:
             for key in _MOMENTS:
                 if key not in entry:
                     yield f"{name}: {key} of parameter {index} is missing"
-                elif not bool(torch.isfinite(entry[key]).all()):
+                elif not is_finite(entry[key]):
                     yield f"{name}: {key} of parameter {index} has NaN or infinite values"
 
 
@@ -69,7 +69,6 @@ def zero_problems(layout: SavedLayout) -> Iterator[str]:
 
 
 def _values(state: RankState) -> Iterator[str]:
-    import torch
 
     for group in range(len(state.fragments)):
         for key in ("fp32", *_MOMENTS):
@@ -78,7 +77,7 @@ def _values(state: RankState) -> Iterator[str]:
             except (KeyError, IndexError):
                 yield f"{state.file.name}: {key} of parameter group {group} is missing"
                 continue
-            if not bool(torch.isfinite(array).all()):
+            if not is_finite(array):
                 yield f"{state.file.name}: {key} of parameter group {group} has NaN or infinite values"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from train.checkpoint.findings import is_finite
 from train.checkpoint.megatron import parameters, reader
 from train.checkpoint.megatron.parameters import Cut
 from train.checkpoint.megatron.saved_layout import SavedLayout
@@ -94,7 +95,7 @@ def _values(layout: SavedLayout, file: str, weights: Weights) -> Iterator[str]:
             continue
         if isinstance(expected, torch.dtype) and tensor.dtype not in (expected, torch.float32):
             yield f"{file}: {name} is {_short(tensor.dtype)}, the run's type is {_short(expected)}"
-        if not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             yield f"{file}: {name} has NaN or infinite values"
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from train.checkpoint.findings import Ability, Findings, inner_damage
+from train.checkpoint.findings import Ability, Findings, inner_damage, is_finite
 from train.checkpoint_folders import GOLDEN_LOGITS
 
 _NEEDED = ("config.json", "trainer_state.json", "scheduler.pt")
@@ -45,7 +45,6 @@ def _missing(folder: Path, *, spread: bool) -> Iterator[str]:
 
 
 def _weights(folder: Path) -> Iterator[str]:
-    import torch
     from safetensors import SafetensorError, safe_open
 
     for file in sorted(folder.glob("*.safetensors")):
@@ -53,7 +52,7 @@ def _weights(folder: Path) -> Iterator[str]:
             with safe_open(file, framework="pt") as stored:
                 for name in stored.keys():  # noqa: SIM118 - not a dictionary
                     tensor = stored.get_tensor(name)
-                    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                    if tensor.is_floating_point() and not is_finite(tensor):
                         yield f"{file.name}: {name} has NaN or infinite values"
         except (SafetensorError, OSError) as error:
             yield f"{file.name}: truncated or damaged ({error})"
