@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from train import manifest, outcome, outputs, process, resume, run_identity, same_run, settings
 from train.checkpoint_folders import remove_leftovers, remove_universal
+from train.checkpoint_size import DiskNeed, disk_need
 from train.cluster import allocation as allocations
 from train.cluster.allocation import Allocation
 from train.deepspeed_ops import remove_stale_locks
@@ -66,8 +67,9 @@ def pretrain(recipe: PretrainRecipe) -> int:
         command = choose.engine(engine).prepare(recipe, allocation, run_folder)
         _announce(recipe, engine, reason, allocation, run_folder)
         _describe_blend(parts, recipe.training.train_tokens)
-        if engine == choose.MEGATRON:
-            _warn_of_uncounted_ends(parts)
+        vocab_rows = _vocab_rows(recipe, engine)
+        done = 0 if recipe.overwrite else run_folder.latest_step() or 0
+        _check_disk(disk_need(recipe, vocab_rows=vocab_rows, folder=run_folder.root, steps_done=done))
         remove_stale_locks(run_folder.extensions_dir)
         if recipe.overwrite:
             _remove(run_folder)
@@ -188,23 +190,31 @@ def _announce(recipe: PretrainRecipe, engine: str, reason: str, allocation: Allo
     print(f"job: {run_folder.job_name}, {recipe.train_steps:,} steps of {recipe.tokens_per_step:,} tokens, {begin}")
 
 
+def _vocab_rows(recipe: PretrainRecipe, engine: str) -> int:
+    """The embedding's rows; Megatron pads them to whole shares of its tensor ranks."""
+    from train.checkpoint.megatron import vocabulary
+    from train.tokenizer.convert import read_model
+
+    pieces = len(read_model(recipe.data.input_tokenizer_file).pieces)
+    if engine != choose.MEGATRON:
+        return pieces
+    tensor = recipe.parallel.tensor_parallel_size
+    size = vocabulary.engine_vocab_size(recipe.data.input_tokenizer_file)
+    rows = vocabulary.padded(size, divisor=vocabulary.DIVISOR, ranks=tensor)
+    print(f"vocabulary: {pieces:,} pieces, {rows:,} rows = {rows // tensor:,} x {tensor} tensor ranks", flush=True)
+    return rows
+
+
+def _check_disk(need: DiskNeed) -> None:
+    refuse([need.text] if need.is_hopeless else [])
+    if need.text:
+        print(f"warning: {need.text}", flush=True)
+
+
 def _describe_blend(parts: Sequence[BlendPart], train_tokens: int) -> None:
     from train.data.blend import describe_epochs
 
     print(describe_epochs(parts, train_tokens), flush=True)
-
-
-def _warn_of_uncounted_ends(parts: Sequence[BlendPart]) -> None:
-    """Megatron-DeepSpeed's own preprocessing leaves the end tokens out of the index, and its reader drifts by them."""
-    from train.data.indexed_dataset import IndexedDataset
-
-    for part in parts:
-        if not IndexedDataset(part.prefix).counts_end_of_document:
-            print(
-                f"warning: {part.prefix}.idx does not count the end of each document, as Megatron-DeepSpeed's own tool"
-                f" writes it: document n will be read n tokens too early. Preprocess with --count_eod_in_index True.",
-                flush=True,
-            )
 
 
 def _with_wandb_group(recipe: PretrainRecipe) -> PretrainRecipe:

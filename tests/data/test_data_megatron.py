@@ -146,3 +146,40 @@ def test_the_tools_uncounted_ends_are_read_right(tmp_path: Path, tiny_model: Pat
         [part], split="1,0,0", subset="train", sequence_length=dataset.token_count - 1, sample_count=1, seed=0
     )
     assert sorted(everything[0]) == sorted(np.concatenate([dataset.tokens(n) for n in range(3)]))
+
+
+_READS = """
+import json, sys
+import numpy as np
+from train.engine.megatron_deepspeed import patches
+others = frozenset(patch.name for patch in patches.all_patches()) - {"uncounted-ends"}
+patches.apply_all(patches.Run(), others | frozenset(sys.argv[2:]))
+from megatron.data.indexed_dataset import MMapIndexedDataset
+dataset = MMapIndexedDataset(sys.argv[1], skip_warmup=True)
+print(json.dumps([np.asarray(dataset[number]).tolist() for number in range(len(dataset))]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.megatron
+def test_the_engine_reads_whole_documents_from_an_index_without_ends(
+    tmp_path: Path, tiny_model: Path, checkout: Path
+) -> None:
+    (tmp_path / "in.jsonl").write_bytes(json_lines(hard_documents()[:50]))
+    encode(tmp_path / "in.jsonl", tmp_path / "ours", tiny_model, append_eod=True, workers=1)
+    prefix = tmp_path / "ours_text_document"
+    expected = [
+        IndexedDataset(prefix).tokens(number).tolist() for number in range(IndexedDataset(prefix).sequence_count)
+    ]
+
+    def read(*disabled: str) -> list[list[int]]:
+        environment = {**os.environ, "PYTHONPATH": str(checkout), "DS_ACCELERATOR": "cpu"}
+        done = subprocess.run(
+            [sys.executable, "-c", _READS, str(prefix), *disabled],
+            env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    assert read() == expected
+    assert read("uncounted-ends") != expected

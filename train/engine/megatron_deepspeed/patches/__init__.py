@@ -24,6 +24,7 @@ _MODULES = (
     "torchvision_absent",
     "apex_absent",
     "dataset_helpers",
+    "uncounted_ends",
     "environment_report",
     "cpu_layer_norm",
     "decoupled_weight_decay",
