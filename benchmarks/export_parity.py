@@ -117,19 +117,31 @@ def measure(settings: ParitySettings) -> int:
 
 
 def table(cells: dict[tuple[str, str, str], Cell]) -> str:
-    """Markdown: a row per model and layout, a column per engine, and what the mistakes would have given."""
+    """Markdown: a row per model and layout, a column per engine, and what the mistakes would have given.
+
+    Problems stand below it, by number.
+    """
+    problems = list(dict.fromkeys(cell.problem for cell in cells.values() if cell.problem))
     engines = list(dict.fromkeys(engine for _, _, engine in cells))
     mistakes = (wrong_exports.QKV, wrong_exports.ACTIVATION)
     lines = ["| " + " | ".join(("model", "layout", *engines, *(f"*{name}*" for name in mistakes))) + " |"]
     lines.append("|---|---|" + "---:|" * (len(engines) + len(mistakes)))
     for architecture, layout in dict.fromkeys((architecture, layout) for architecture, layout, _ in cells):
         row = [cells[architecture, layout, engine] for engine in engines]
-        shown = [cell.problem or (f"{cell.difference:.1e}" if cell.difference else "0") for cell in row]
+        shown = [
+            f"({problems.index(cell.problem) + 1})"
+            if cell.problem
+            else f"{cell.difference:.1e}"
+            if cell.difference
+            else "0"
+            for cell in row
+        ]
         for name in mistakes:
             values = [cell.mistakes[name] for cell in row if name in cell.mistakes]
             shown.append(f"*{min(values):.1e}*" if values else "")
         lines.append("| " + " | ".join((architecture, layout, *shown)) + " |")
-    return "\n".join(lines)
+    notes = [f"({number}) {problem}" for number, problem in enumerate(problems, start=1)]
+    return "\n".join([*lines, *([""] if notes else []), *notes])
 
 
 def versions() -> str:

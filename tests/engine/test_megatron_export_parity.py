@@ -73,7 +73,9 @@ def test_the_table_says_what_does_not_run_and_the_least_of_the_mistakes(parity: 
     }
     assert parity.table(cells).splitlines()[2:] == [
         "| GPT | TP1 | 5.2e-07 | 6.0e-07 | *5.0e-01* | *2.0e-03* |",
-        "| GPT | TP2 | does not run: a reason | 0 |  |  |",
+        "| GPT | TP2 | (1) | 0 |  |  |",
+        "",
+        "(1) does not run: a reason",
     ]
 
 
