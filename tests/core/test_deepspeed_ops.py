@@ -9,6 +9,7 @@ from train import deepspeed_ops
 
 _RANK = """
 import os
+from pathlib import Path
 from train.deepspeed_ops import init_distributed
 os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 before = set(Path("/dev/shm").iterdir())
