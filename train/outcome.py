@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterable
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from train.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_USER, UserError, user_message
 
+_FULL_BYTES = 2**20
 _INTERRUPTED = "interrupted: the same command goes on from the last checkpoint."
 _SIGNALS_OF_THE_USER = (130, 143)  # 128 + SIGINT, 128 + SIGTERM
 
@@ -107,6 +109,9 @@ def check(path: Path, exit_status: int, *, log: Path) -> None:
         raise UserError(outcome.problems, exit_code=outcome.exit_code)
     if exit_status in _SIGNALS_OF_THE_USER:
         raise UserError(_INTERRUPTED, exit_code=EXIT_INTERRUPTED)
+    folder = log.parent
+    if exit_status != EXIT_OK and folder.is_dir() and shutil.disk_usage(folder).free < _FULL_BYTES:  # none for a report
+        raise UserError(f"{folder}: no space left: free some, and the same command goes on from the last checkpoint.")
     if exit_status != EXIT_OK:
         raise UserError(
             f"training broke off with status {exit_status}: the traceback is above, and in {log}.",

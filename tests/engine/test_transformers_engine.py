@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import signal
@@ -305,17 +306,29 @@ def test_ctrl_c_ends_it_with_130(corpus, tmp_path, project_root):
     assert "interrupted" in running.stderr.read()
 
 
-def test_a_full_disk_while_saving_is_one_message(pretrain, tmp_path):
-    """A disk of 800 KiB: step 4's checkpoint fits, step 8's does not."""
+def test_a_full_disk_while_saving_is_one_message(corpus, tmp_path, project_root):
+    """Somebody else fills the disk once step 400 is saved; step 800's checkpoint no longer fits."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=800k", "tmpfs", str(disk)], check=False)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], check=False)
     if mounted.returncode:
         pytest.skip("mounting a small disk needs rights that this user does not have")
+    flags = {"train_tokens": 800 * 4 * 32, "save_interval": 400, "eval_interval": 0, "log_interval": 400}
+    script = str(project_root / "scripts/step2_pretrain_model/pretrain.py")
     try:
-        done = pretrain(disk, keep_last=0)
-        assert done.returncode == 2, done.stdout + done.stderr
-        assert "no space left" in done.stderr and "Traceback" not in done.stderr
-        assert [step.name for step in (disk / "checkpoint" / "tiny").iterdir() if step.is_dir()] == ["global_step4"]
+        running = subprocess.Popen(
+            [sys.executable, script, *arguments(corpus, disk, **flags)],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        while not (disk / "checkpoint" / "tiny" / "global_step400").is_dir():
+            assert running.poll() is None, "it ended before step 400 was saved"
+            time.sleep(0.01)
+        with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
+            while True:
+                filler.write(bytes(4096))
+        _, said = running.communicate(timeout=240)
+        assert running.returncode == 2, said
+        assert "no space left" in said and "Traceback" not in said
+        assert [step.name for step in (disk / "checkpoint" / "tiny").iterdir() if step.is_dir()] == ["global_step400"]
     finally:
         subprocess.run(["umount", str(disk)], check=True)

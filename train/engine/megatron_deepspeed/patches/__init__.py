@@ -16,6 +16,7 @@ from pathlib import Path
 from train.errors import UserError
 
 DISABLED_VARIABLE = "TRAIN_DISABLED_PATCHES"
+FORCED_VARIABLE = "TRAIN_FORCED_PATCHES"
 
 # Stand-ins for absent modules come first: the others import upstream's code.
 _MODULES = (
@@ -32,6 +33,8 @@ _MODULES = (
     "cpu_kernels",
     "flash_attention",
     "compiled_fusions",
+    "compiled_layers",
+    "fused_cross_entropy",
     "rotary_positions",
     "sequence_parallel",
     "universal_notes",
@@ -52,6 +55,7 @@ class Run:
         keep_last: checkpoints to keep; 0 keeps all.
         engine_commit: upstream's commit, noted beside the golden logits.
         attention: the recipe's attention kernel: "sdpa", "flash_attention_2" or "eager".
+        forced: patches for GPUs that are to run here all the same, without being compiled; for tests.
         watch: receives a step and its numbers whenever there is a progress line; None where nobody watches.
     """
 
@@ -61,6 +65,7 @@ class Run:
     keep_last: int = 0
     engine_commit: str = "unknown"
     attention: str = "sdpa"
+    forced: frozenset[str] = frozenset()
     watch: Callable[[int, Mapping[str, float]], None] | None = None
 
 
@@ -101,12 +106,24 @@ def disabled_names(environment: Mapping[str, str]) -> frozenset[str]:
     Raises:
         UserError: a name is not a patch.
     """
-    names = frozenset(name.strip() for name in environment.get(DISABLED_VARIABLE, "").split(",") if name.strip())
+    return _names(environment, DISABLED_VARIABLE)
+
+
+def forced_names(environment: Mapping[str, str]) -> frozenset[str]:
+    """The patches that TRAIN_FORCED_PATCHES applies where they are not meant to be, as tests do.
+
+    Raises:
+        UserError: a name is not a patch.
+    """
+    return _names(environment, FORCED_VARIABLE)
+
+
+def _names(environment: Mapping[str, str], variable: str) -> frozenset[str]:
+    names = frozenset(name.strip() for name in environment.get(variable, "").split(",") if name.strip())
     known = {patch.name for patch in all_patches()}
     if names - known:
         raise UserError(
-            f"{DISABLED_VARIABLE}: no patch is called {', '.join(sorted(names - known))}; "
-            f"there are {', '.join(sorted(known))}."
+            f"{variable}: no patch is called {', '.join(sorted(names - known))}; there are {', '.join(sorted(known))}."
         )
     return names
 

@@ -1,0 +1,145 @@
+"""Each transformer layer as one compiled graph (with tensor parallelism five, and the collectives between them).
+
+torch.compile then fuses what stands between the matrix products: bias, GELU or SwiGLU, residual, norm, rotary
+positions, forwards and backwards. Formulas: train/engine/megatron_deepspeed/transformer_layer.py.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from train.engine.megatron_deepspeed import transformer_layer
+from train.engine.megatron_deepspeed.patches import Patch, Run
+from train.engine.megatron_deepspeed.transformer_layer import InParts, LayerShape, LayerWeights
+
+
+def weights_of(layer: Any) -> LayerWeights:
+    """The weights of upstream's ParallelTransformerLayer."""
+    attention, mlp = layer.self_attention, layer.mlp
+    return LayerWeights(
+        norm1=layer.input_layernorm.weight,
+        norm1_bias=getattr(layer.input_layernorm, "bias", None),
+        qkv=attention.query_key_value.weight,
+        qkv_bias=attention.query_key_value.bias,
+        dense=attention.dense.weight,
+        dense_bias=attention.dense.bias,
+        norm2=layer.post_attention_layernorm.weight,
+        norm2_bias=getattr(layer.post_attention_layernorm, "bias", None),
+        up=mlp.dense_h_to_4h.weight,
+        up_bias=mlp.dense_h_to_4h.bias,
+        down=mlp.dense_4h_to_h.weight,
+        down_bias=mlp.dense_4h_to_h.bias,
+    )
+
+
+def shape_of(layer: Any, args: Any) -> LayerShape:
+    """What the weights do not say."""
+    attention = layer.self_attention
+    activation = "swiglu" if args.swiglu else "gelu_tanh" if layer.mlp.bias_gelu_fusion else "gelu"
+    return LayerShape(
+        groups=attention.num_key_value_heads_per_partition,
+        queries_per_group=attention.num_key_value_groups,
+        head_dim=attention.hidden_size_per_attention_head,
+        epsilon=args.layernorm_epsilon,
+        activation=activation,
+    )
+
+
+def is_plain(args: Any) -> bool:
+    """Whether the layers of this run are what `transformer_layer` computes: no dropout, no experts, no oddities."""
+    odd = (
+        *("openai_gelu", "onnx_safe", "squared_relu", "apply_layernorm_1p", "fp32_residual_connection"),
+        *("apply_residual_connection_post_layernorm", "reset_attention_mask", "force_ds_sequence_parallel"),
+        *("num_experts_switch", "recompute_granularity", "transformer_engine"),
+    )
+    return (
+        args.hidden_dropout == args.attention_dropout == 0
+        and max(args.num_experts or [1]) <= 1
+        and getattr(args, "ds_sequence_parallel_size", 1) == 1
+        and args.rotary_percent == 1.0
+        and not any(getattr(args, name, None) for name in odd)
+    )
+
+
+def install(run_compiled: Any) -> None:
+    """Replaces ParallelTransformerLayer.forward for plain runs.
+
+    Args:
+        run_compiled: `torch.compile` or, for tests, nothing that changes a function.
+    """
+    import torch
+    from megatron import get_args
+    from megatron.core import mpu
+    from megatron.core.tensor_parallel import mappings
+    from megatron.model.transformer import ParallelTransformerLayer
+
+    forward = ParallelTransformerLayer.forward
+    compiled = functools.lru_cache(maxsize=1)(lambda: _layer_function(run_compiled, mpu, mappings, get_args()))
+    angles: dict[int, tuple[Any, Any]] = {}
+
+    @functools.wraps(forward)
+    def fast_forward(
+        self: Any, hidden_states: Any, attention_mask: Any = None, *others: Any, rotary_pos_emb: Any = None,
+        **options: Any,
+    ) -> Any:  # fmt: skip
+        args = get_args()
+        if others or any(value is not None for value in options.values()) or not is_plain(args):
+            return forward(
+                self, hidden_states, attention_mask, *others, rotary_pos_emb=rotary_pos_emb, **options
+            )  # generation, experts, retrieval: upstream's own
+        cosine = sine = None
+        if rotary_pos_emb is not None:
+            length = hidden_states.shape[0] * (
+                mpu.get_tensor_model_parallel_world_size() if args.sequence_parallel else 1
+            )
+            if length not in angles:
+                angle = (rotary_pos_emb[0] if isinstance(rotary_pos_emb, tuple) else rotary_pos_emb)[:length]
+                angles[length] = (angle.cos().to(hidden_states.dtype), angle.sin().to(hidden_states.dtype))
+            cosine, sine = angles[length]
+        if not hasattr(self, "_plain_shape"):
+            self._plain_shape = shape_of(self, args)
+            self._no_moe_loss = torch.zeros((), device=hidden_states.device, dtype=hidden_states.dtype)
+        output = compiled()(hidden_states, weights_of(self), cosine, sine, self._plain_shape)
+        return output, self._no_moe_loss
+
+    ParallelTransformerLayer.forward = fast_forward
+
+
+def _layer_function(run_compiled: Any, mpu: Any, mappings: Any, args: Any) -> Any:
+    if mpu.get_tensor_model_parallel_world_size() == 1:
+        return run_compiled(transformer_layer.whole)
+    if args.sequence_parallel:
+        spread, gather = (
+            mappings.gather_from_sequence_parallel_region,
+            mappings.reduce_scatter_to_sequence_parallel_region,
+        )
+    else:
+        spread, gather = (
+            mappings.copy_to_tensor_model_parallel_region,
+            mappings.reduce_from_tensor_model_parallel_region,
+        )
+    return InParts(spread, gather, run_compiled).layer()
+
+
+def _apply(run: Run) -> str:
+    import torch
+    from deepspeed.accelerator import get_accelerator
+
+    on_cuda = get_accelerator().device_name() == "cuda"
+    if run.attention != "sdpa" or not (on_cuda or "compiled-layers" in run.forced):
+        return ""
+    if on_cuda:
+        torch.backends.cuda.enable_flash_sdp(False)  # where cuDNN's kernel takes the tensors it is the faster one
+        install(functools.partial(torch.compile, dynamic=False))
+        return "ParallelTransformerLayer.forward: compiled, where the run has no dropout and no experts"
+    install(lambda function: function)
+    return "ParallelTransformerLayer.forward: as one function, not compiled on a CPU"
+
+
+PATCH = Patch(
+    name="compiled-layers",
+    reason="what stands between the matrix products of a layer runs as tens of small kernels",
+    affected="all upstream versions up to 6acc370a, on CUDA",
+    apply=_apply,
+)
