@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -45,13 +46,16 @@ class Progress:
         left_s = (self._total_steps - step) * seconds / max(steps, 1)
         tokens = step * self._tokens_per_step
         norm = "" if grad_norm is None else f" | grad norm {grad_norm:.2f}"
+        memory = peak_gpu_memory_gib()
+        peak = "" if memory is None else f" | {memory:.1f} GiB"
         print(
             f"step {step:,}/{self._total_steps:,} ({step / self._total_steps:.0%}) | {tokens:,} tokens | loss"
-            f" {loss:.4f} | lr {lr:.2e}{norm} | {rate:,.0f} tokens/s | {duration(left_s)} left",
+            f" {loss:.4f} | lr {lr:.2e}{norm} | {rate:,.0f} tokens/s{peak} | {duration(left_s)} left",
             flush=True,
         )
         record = {"step": step, "tokens": tokens, "loss": loss, "lr": lr, "tokens_per_second": round(rate, 1)}
-        append(self._metrics, record if grad_norm is None else record | {"grad_norm": grad_norm})
+        more = {"grad_norm": grad_norm, "gpu_memory_gib": memory}
+        append(self._metrics, record | {name: value for name, value in more.items() if value is not None})
 
     def evaluation(self, step: int, *, loss: float) -> None:
         """Reports the loss on held-out documents, and its exponential: the perplexity per token."""
@@ -62,6 +66,14 @@ class Progress:
     def pause(self) -> None:
         """Tells that time was spent on something else than training, such as saving."""
         self._last_time = time.monotonic()
+
+
+def peak_gpu_memory_gib() -> float | None:
+    """The most memory that torch has taken of this process's GPU so far, in GiB; None without one."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    return round(torch.cuda.max_memory_reserved() / 2**30, 2)
 
 
 def show_evaluation(step: int, loss: float) -> dict[str, Any]:

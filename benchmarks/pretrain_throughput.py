@@ -1,0 +1,204 @@
+#!/usr/bin/env python3
+"""How fast pretraining runs on this machine's GPUs, setting by setting, through the launcher that users call.
+
+Random tokens of a vocabulary of 32,000, so that nothing is learned and nothing cached; the first steps are left out;
+data loading, optimizer and logging are in. FLOPs are counted by one formula for every engine and setting:
+6 per token and weight of a matrix product, and attention's 12 x layers x length x hidden per token (its whole square;
+half of that counted as "causal", which is what a kernel that skips the masked half computes).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train import cli, outputs, process
+from train.model_sizes import MODEL_SIZES
+from train.settings import setting
+
+_SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "step2_pretrain_model" / "pretrain.py"
+_VOCABULARY = 32_000
+
+
+@dataclass(frozen=True)
+class ThroughputSettings:
+    """What to measure."""
+
+    output_dir: Path = setting(Path("output/benchmarks/pretrain_throughput"), help="folder for data, runs and results")
+    model_size: str = setting("gpt_1.3B", help="named shape", choices=tuple(MODEL_SIZES))
+    sequence_length: int = setting(2048, help="tokens per sequence")
+    global_batch_size: int = setting(64, help="sequences per step")
+    steps: int = setting(60, help="optimizer steps of each run")
+    warm_up_steps: int = setting(10, help="first steps that are not counted")
+    cases: tuple[str, ...] = setting(
+        (
+            "upstream: --micro_batch_size 8"
+            " ! TRAIN_DISABLED_PATCHES=compiled-fusions,compiled-layers,fused-cross-entropy",
+            "defaults: --micro_batch_size 16",
+            "transformers: --engine transformers --torch_compile True --micro_batch_size 8",
+        ),
+        help="NAME: FLAGS of pretrain.sh [! VARIABLE=VALUE ...]",
+    )
+    timeout_s: float = setting(1200.0, help="give one case up after so long")
+    dry_run: bool = setting(False, help="print the commands", flag_only=True)
+
+
+def flops_per_token(model_size: str, sequence_length: int) -> tuple[float, float]:
+    """FLOPs of forward and backward per token: attention counted whole, and causal."""
+    size = MODEL_SIZES[model_size]
+    hidden, ffn = size.hidden_size, size.ffn_hidden_size or 4 * size.hidden_size
+    key_value = hidden * size.num_key_value_heads // size.num_attention_heads
+    matrices = 3 if size.architecture != "gpt2" else 2
+    layer = 2 * hidden * hidden + 2 * hidden * key_value + matrices * hidden * ffn
+    weights = size.num_layers * layer + _VOCABULARY * hidden
+    attention = 12 * size.num_layers * sequence_length * hidden
+    return 6.0 * weights + attention, 6.0 * weights + attention / 2
+
+
+def measure(settings: ThroughputSettings) -> int:
+    """Runs every case and prints a Markdown table; results.json keeps the numbers."""
+    data = settings.output_dir / "data"
+    commands = [_command(settings, data, case) for case in settings.cases]
+    if settings.dry_run:
+        for _, command in commands:
+            print(command.text())
+        return 0
+    _write_data(data, settings)
+    full, causal = flops_per_token(settings.model_size, settings.sequence_length)
+    print(f"{settings.model_size}, sequences of {settings.sequence_length}, global batch {settings.global_batch_size}")
+    print(f"FLOPs per token: {full:.4g} (full), {causal:.4g} (causal)")
+    print("| case | ms/step | tokens/s per GPU | TFLOP/s full | causal | GiB | first step s | last loss |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
+    results = []
+    for name, command in commands:
+        row = _run(settings, name, command, full, causal)
+        results.append(row)
+        print(_line(row), flush=True)
+    outputs.write_text(settings.output_dir / "results.json", json.dumps(results, indent=2) + "\n")
+    return 0
+
+
+def _command(settings: ThroughputSettings, data: Path, case: str) -> tuple[str, process.Command]:
+    name, _, rest = case.partition(":")
+    words, _, variables = rest.partition("!")
+    batch_tokens = settings.global_batch_size * settings.sequence_length
+    given: dict[str, Any] = {
+        "input_tokenizer_file": data / "numbers.model",
+        "data_path": data / "random_text_document",
+        "output_model_dir": settings.output_dir / "runs" / name.strip(),
+        "job_name": "run",
+        "model_size": settings.model_size,
+        "sequence_length": settings.sequence_length,
+        "global_batch_size": settings.global_batch_size,
+        "train_tokens": settings.steps * batch_tokens,
+        "lr_warmup_tokens": settings.warm_up_steps * batch_tokens,
+        "precision": "bf16",
+        "zero_stage": 1,
+        "split": "100,0,0",
+        "eval_interval": 0,
+        "save_interval": 10 * settings.steps,
+        "log_interval": 1,
+        "engine": "megatron-deepspeed",
+    }
+    argv = [sys.executable, str(_SCRIPT), *(word for key, value in given.items() for word in (f"--{key}", str(value)))]
+    environment = dict(pair.split("=", 1) for pair in variables.split())
+    return name.strip(), process.Command((*argv, *words.split(), "--overwrite"), environment)
+
+
+def _run(
+    settings: ThroughputSettings, name: str, command: process.Command, full: float, causal: float
+) -> dict[str, Any]:
+    code, said = process.capture(command, timeout_s=settings.timeout_s)
+    runs = settings.output_dir / "runs" / name
+    (runs / "output.txt").write_text(said, encoding="utf-8")
+    if code != 0:
+        return {"name": name, "error": (said.strip().splitlines() or [""])[-1][:200], "exit_status": code}
+    records = [json.loads(line) for line in (runs / "metrics" / "run.jsonl").read_text().splitlines()]
+    records = [record for record in records if "tokens_per_second" in record]
+    steady = [record["tokens_per_second"] for record in records[settings.warm_up_steps :]]
+    gpus = json.loads((runs / "manifest" / "run.json").read_text())["results"]["layout"]["world_size"]
+    shutil.rmtree(runs / "checkpoint")  # tens of gigabytes that nobody wants
+    batch_tokens = settings.global_batch_size * settings.sequence_length
+    rate = 1 / statistics.fmean(1 / value for value in steady) / gpus  # tokens over seconds, not a mean of rates
+    return {
+        "name": name,
+        "ms_per_step": 1000 * batch_tokens / (rate * gpus),
+        "tokens_per_second_per_gpu": rate,
+        "tflops_full": rate * full / 1e12,
+        "tflops_causal": rate * causal / 1e12,
+        "gpu_memory_gib": records[-1].get("gpu_memory_gib"),
+        "first_step_s": batch_tokens / records[0]["tokens_per_second"],
+        "last_loss": records[-1]["loss"],
+        "gpus": gpus,
+    }
+
+
+def _line(row: dict[str, Any]) -> str:
+    if "error" in row:
+        return f"| {row['name']} | exit status {row['exit_status']}: {row['error']} |||||||"
+    cells = (
+        row["name"],
+        f"{row['ms_per_step']:,.0f}",
+        f"{row['tokens_per_second_per_gpu']:,.0f}",
+        f"{row['tflops_full']:.0f}",
+        f"{row['tflops_causal']:.0f}",
+        f"{row['gpu_memory_gib']}",
+        f"{row['first_step_s']:.1f}",
+        f"{row['last_loss']:.4f}",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _write_data(folder: Path, settings: ThroughputSettings) -> None:
+    """A tokenizer of numbered pieces and enough random tokens for two runs; kept."""
+    if folder.is_dir():
+        return
+    import numpy as np
+
+    from train.data.indexed_dataset import IndexedDatasetWriter
+
+    with outputs.new_folder(folder) as unfinished:
+        (unfinished / "numbers.model").write_bytes(_numbered_pieces())
+        random = np.random.default_rng(1)
+        prefix = unfinished / "random_text_document"
+        with IndexedDatasetWriter(Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), np.dtype(np.uint16)) as writer:
+            for _ in range(2 * settings.global_batch_size * settings.steps):
+                writer.add_document(random.integers(3, _VOCABULARY, settings.sequence_length + 1, dtype=np.uint16))
+
+
+def _numbered_pieces() -> bytes:
+    """A SentencePiece model of 32,000 pieces that nobody has to train."""
+    from sentencepiece import sentencepiece_model_pb2 as format
+
+    model = format.ModelProto()
+    kinds = format.ModelProto.SentencePiece
+    for number, piece in enumerate(_pieces()):
+        entry = model.pieces.add(piece=piece, score=-float(number))
+        entry.type = kinds.UNKNOWN if number == 0 else kinds.USER_DEFINED if piece.startswith("<") else kinds.NORMAL
+    model.trainer_spec.model_type = 2  # BPE
+    model.trainer_spec.vocab_size = _VOCABULARY
+    for name in ("bos_id", "eos_id", "pad_id"):
+        setattr(model.trainer_spec, name, -1)
+    return bytes(model.SerializeToString())
+
+
+def _pieces() -> Iterator[str]:
+    special = ("<unk>", "<s>", "</s>", "<pad>", "<CLS>", "<SEP>", "<EOD>", "<MASK>", "<PAD>", "<BOS>", "<EOS>")
+    yield from special
+    yield from (f"piece{number}" for number in range(_VOCABULARY - len(special)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    return cli.run(ThroughputSettings, measure, argv, description=__doc__, example="benchmarks/pretrain_throughput.py")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
