@@ -1,4 +1,4 @@
-"""Writes a model's tensors as safetensors, one tensor in memory at a time, in shards of a bounded size.
+"""Writes a model's tensors as safetensors, three tensors in memory at a time, in shards of a bounded size.
 
     write_shards(folder, specs, read)           # model.safetensors, or numbered shards and their index
 
@@ -11,9 +11,12 @@ each tensor goes to the file as it is made.
 from __future__ import annotations
 
 import json
+import os
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +26,7 @@ SINGLE = "model.safetensors"
 SHARD_BYTES = 5_000_000_000
 _TYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _ALIGNMENT = 8
+_WRITERS = 2
 
 
 class Spec(NamedTuple):
@@ -65,14 +69,20 @@ def write_shards(
     Args:
         folder: an existing folder.
         specs: what will be written.
-        read: gives a tensor by its name, contiguous.
+        read: gives a tensor by its name.
         shard_bytes: the largest shard; a single tensor may be larger.
     """
+    import torch
+
     shards = _shards(specs, shard_bytes)
     names = [SINGLE] if len(shards) == 1 else [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in _from_1(shards)]
-    for name, shard in zip(names, shards, strict=True):
-        with (folder / name).open("wb") as stream:
-            _write_shard(stream, shard, read)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # copying waits for memory: more threads only take turns with those that write
+    try:
+        for name, shard in zip(names, shards, strict=True):
+            _write_shard(folder / name, shard, read)
+    finally:
+        torch.set_num_threads(threads)
     if len(shards) > 1:
         weight_map = {spec.name: name for name, shard in zip(names, shards, strict=True) for spec in shard}
         index = {"metadata": {"total_size": sum(spec.bytes for spec in specs)}, "weight_map": weight_map}
@@ -96,9 +106,8 @@ def _shards(specs: Sequence[Spec], shard_bytes: int) -> list[list[Spec]]:
     return [sorted(shard, key=lambda spec: -spec.item_bytes) for shard in shards]
 
 
-def _write_shard(stream: IO[bytes], shard: Sequence[Spec], read: Callable[[str], Tensor]) -> None:
-    import torch
-
+def _write_shard(file: Path, shard: Sequence[Spec], read: Callable[[str], Tensor]) -> None:
+    """Writes tensors while the next ones are made: the writing is the larger part of the work."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     place = 0
     for spec in shard:
@@ -110,8 +119,31 @@ def _write_shard(stream: IO[bytes], shard: Sequence[Spec], read: Callable[[str],
         place += spec.bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    stream.write(len(text).to_bytes(8, "little") + text)
-    for spec in shard:
-        tensor = read(spec.name)
-        assert spec_of(spec.name, tensor.shape, tensor.dtype) == spec, f"{spec.name} is not what was announced"
-        stream.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    text = len(text).to_bytes(8, "little") + text
+    place = len(text)
+    with file.open("wb", buffering=0) as stream, ThreadPoolExecutor(_WRITERS) as pool:
+        _write_at(stream.fileno(), text, 0)
+        writing: deque[Future[None]] = deque()
+        for spec in shard:
+            tensor = read(spec.name)
+            assert spec_of(spec.name, tensor.shape, tensor.dtype) == spec, f"{spec.name} is not what was announced"
+            if len(writing) == _WRITERS:
+                writing.popleft().result()
+            writing.append(pool.submit(_write_tensor, stream.fileno(), tensor, place))
+            del tensor
+            place += spec.bytes
+        for future in writing:
+            future.result()
+
+
+def _write_tensor(descriptor: int, tensor: Tensor, place: int) -> None:
+    import torch
+
+    _write_at(descriptor, tensor.contiguous().view(-1).view(torch.uint8).numpy().data, place)
+
+
+def _write_at(descriptor: int, content: bytes | memoryview, place: int) -> None:
+    view = memoryview(content)
+    while len(view):  # the system writes at most 2 GB at once
+        count = os.pwrite(descriptor, view, place)
+        view, place = view[count:], place + count

@@ -48,7 +48,7 @@ class HuggingFaceView:
         return tuple(spec.name for spec in self.specs)
 
     def read(self, name: str) -> Tensor:
-        """One tensor, contiguous.
+        """One tensor; GPT-2's matrices as a transposed view, for the writer to put in order while this goes on.
 
         Raises:
             VerificationError: the tensor ranks disagree on what all of them keep.
@@ -63,7 +63,7 @@ class HuggingFaceView:
             whole = merge.join(row.megatron, slices, parts=parts, layout=self.layout, limit=limit)
         except VerificationError as error:
             raise VerificationError([f"{name}: {problem}" for problem in error.problems]) from None
-        return whole.t().contiguous() if row.is_transposed else whole
+        return whole.t() if row.is_transposed else whole
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All of them, one at a time."""
