@@ -29,7 +29,8 @@ DRY_RUNS = {
     "preprocess_data.py": ["--input", "no.jsonl", "--input_tokenizer_file", "no.model", "--output_prefix", "{out}"],
     "pretrain.py": ["--recipe", "gpt_0.125B", "--engine", "transformers", "--device", "cpu", "--input_tokenizer_file",
                     "no.model", "--data_path", "no", "--output_model_dir", "{out}"],
-    "convert_huggingface_model_to_megatron_deepspeed.py": ["--input_model_dir", "no", "--output_checkpoint_dir", "{out}"],
+    "convert_huggingface_model_to_megatron_deepspeed.py": [
+        "--input_model_dir", "no", "--output_checkpoint_dir", "{out}"],
     "convert_tokenizer_and_pretrained_model_to_huggingface_transformers.py": [
         "--input_tokenizer_file", "no.model", "--input_model_max_length", "2048", "--input_model_dir", "no",
         "--output_tokenizer_and_model_dir", "{out}"],

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from train.checkpoint import verify
 from train.checkpoint.megatron import merge, qkv_layout
 from train.checkpoint.megatron.export import export
 from train.checkpoint.megatron.merge import PER_HEAD, PER_RANK, Layout, cut, join
@@ -106,6 +107,42 @@ def test_shards_hold_what_one_file_does(tmp_path: Path) -> None:
     stored = SafetensorsFolder(tmp_path / "shards")
     assert len(set(stored.files.values())) > 2 and set(stored.names) == set(whole)
     assert all(torch.equal(stored.read(name), whole[name]) for name in whole)
+
+
+BF16 = Path(__file__).parent / "megatron_tp2_dp2_zero1_bf16" / "global_step8"  # its initial weights are as large
+
+
+def check_bf16(
+    folder: Path, change: Callable[[Read, str], torch.Tensor] | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """What verification says of an export of `BF16`, or of one with a mistake."""
+    from types import SimpleNamespace
+
+    from transformers import AutoConfig
+
+    stored: Any = SafetensorsFolder(folder)
+    if change is not None:
+        right = SafetensorsFolder(folder)
+        stored.read = lambda name: change(right.read, name)
+    model = SimpleNamespace(config=AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
+    problems: list[str] = []
+    source = verify.Source(golden_logits=BF16 / "golden_logits.safetensors")
+    return verify._check_logits(model, stored, source, problems), problems
+
+
+def test_rounding_in_bf16_is_measured_where_large_weights_make_more_of_it(tmp_path: Path) -> None:
+    record, problems = check_bf16(exported(tmp_path / "hf", BF16))
+    assert problems == []
+    assert record["relative_difference"] > verify.LOGITS_TOLERANCE["bfloat16"]  # or this test would show nothing
+    assert record["tolerance"] == min(2 * record["rounding"], 0.25)
+    assert record["tolerance_is"] == verify.ROUNDING_MEASURE
+
+
+@pytest.mark.parametrize("mistake", [_gate_is_up, _glued, _keys_are_values])
+def test_rounding_excuses_no_mistake(tmp_path: Path, mistake: Callable[[Read, str], torch.Tensor]) -> None:
+    record, problems = check_bf16(exported(tmp_path / "hf", BF16), mistake)
+    assert record["tolerance"] <= 0.25
+    assert len(problems) == 1 and "the logits differ from the training process's own" in problems[0]
 
 
 @pytest.mark.parametrize("order", [PER_HEAD, PER_RANK])
