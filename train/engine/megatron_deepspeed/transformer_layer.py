@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from train.engine.megatron_deepspeed.bias_gelu import bias_gelu
+
 Collective = Callable[[Any], Any]
 
 
@@ -95,6 +97,8 @@ def activate(values: Any, bias: Any, activation: str) -> Any:
     """GELU of values + bias, or SwiGLU of its two halves."""
     import torch
 
+    if activation == "gelu_tanh" and bias is not None:
+        return bias_gelu(values, bias)
     values = values if bias is None else values + bias
     if activation == "swiglu":
         gate, up = values.chunk(2, dim=-1)

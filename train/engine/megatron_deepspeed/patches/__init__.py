@@ -35,6 +35,7 @@ _MODULES = (
     "compiled_fusions",
     "compiled_layers",
     "fused_cross_entropy",
+    "gradient_accumulation",
     "rotary_positions",
     "sequence_parallel",
     "universal_notes",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from train.engine.megatron_deepspeed import transformer_layer
+from train.engine.megatron_deepspeed import bias_gelu, transformer_layer
 from train.engine.megatron_deepspeed.patches import Patch, Run
 from train.engine.megatron_deepspeed.transformer_layer import InParts, LayerShape, LayerWeights
 
@@ -130,6 +130,7 @@ def _apply(run: Run) -> str:
     if run.attention != "sdpa" or not (on_cuda or "compiled-layers" in run.forced):
         return ""
     if on_cuda:
+        bias_gelu.prepare()
         torch.backends.cuda.enable_flash_sdp(False)  # where cuDNN's kernel takes the tensors it is the faster one
         install(functools.partial(torch.compile, dynamic=False))
         return "ParallelTransformerLayer.forward: compiled, where the run has no dropout and no experts"
