@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -123,17 +122,22 @@ def _write_shard(file: Path, shard: Sequence[Spec], read: Callable[[str], Tensor
     place = len(text)
     with file.open("wb", buffering=0) as stream, ThreadPoolExecutor(_WRITERS) as pool:
         _write_at(stream.fileno(), text, 0)
-        writing: deque[Future[None]] = deque()
+        writing: set[Future[None]] = set()
         for spec in shard:
             tensor = read(spec.name)
             assert spec_of(spec.name, tensor.shape, tensor.dtype) == spec, f"{spec.name} is not what was announced"
             if len(writing) == _WRITERS:
-                writing.popleft().result()
-            writing.append(pool.submit(_write_tensor, stream.fileno(), tensor, place))
+                written, writing = wait(writing, return_when=FIRST_COMPLETED)
+                _raise_failed(written)
+            writing.add(pool.submit(_write_tensor, stream.fileno(), tensor, place))
             del tensor
             place += spec.bytes
-        for future in writing:
-            future.result()
+        _raise_failed(wait(writing).done)
+
+
+def _raise_failed(written: Iterable[Future[None]]) -> None:
+    for future in written:
+        future.result()
 
 
 def _write_tensor(descriptor: int, tensor: Tensor, place: int) -> None:
