@@ -31,7 +31,7 @@ def test_gradients_are_autograds(shape: tuple[int, ...], dtype: str, compiled: b
     given = [tensor.clone().requires_grad_() for tensor in (values, bias)]
     found = run(*given)
     gradients = torch.autograd.grad(found, given, incoming)
-    spacing = torch.finfo(kind).eps
+    allowed = {"float32": 1e-5}.get(dtype, 4 * torch.finfo(kind).eps)
     for one, other in ((found, wanted), *zip(gradients, wanted_gradients, strict=True)):
         assert one.dtype == kind
-        assert float((one.double() - other).abs().max() / other.abs().max()) < 4 * spacing
+        assert float((one.double() - other).abs().max() / other.abs().max()) < allowed
