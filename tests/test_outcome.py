@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,3 +92,23 @@ def test_a_failed_command_is_not_hidden_by_an_earlier_success(tmp_path: Path) ->
     outcome.write(file, 0)
     with pytest.raises(UserError, match="status 1"):
         outcome.check(file, 1, log=tmp_path / "log")
+
+
+_LEAVES = """
+import sys
+from pathlib import Path
+import torch
+from train import outcome
+
+def body():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+
+code = outcome.record(Path(sys.argv[1]), body, leads=True)
+assert code == 0 and not torch.distributed.is_initialized()
+"""
+
+
+def test_a_rank_that_is_done_leaves_its_process_group(tmp_path):
+    done = subprocess.run([sys.executable, "-c", _LEAVES, tmp_path / "o.json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -13,10 +13,12 @@ import contextlib
 import json
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from train.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_USER, UserError, user_message
 
@@ -74,6 +76,7 @@ def record(path: Path, body: Callable[[], None], *, leads: bool = True) -> int:
             signal.signal(number, signal.default_int_handler)
     try:
         body()
+        _leave_process_group()
     except UserError as error:
         write(path, error.exit_code, error.problems)
         return error.exit_code
@@ -89,6 +92,14 @@ def record(path: Path, body: Callable[[], None], *, leads: bool = True) -> int:
     if leads:
         write(path, EXIT_OK)
     return EXIT_OK
+
+
+def _leave_process_group() -> None:
+    """Ends communication while all ranks are there; left to the end of the process its threads may abort a good run."""
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def check(path: Path, exit_status: int, *, log: Path) -> None:
