@@ -19,16 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train import same_run
 from train.cluster import allocation as allocations
 from train.cluster.allocation import Allocation
 from train.engine import choose
-from train.errors import UserError, VerificationError, refuse
+from train.errors import EXIT_INTERRUPTED, EXIT_USER, UserError, VerificationError, refuse, user_message
 from train.pretrain import pretrain
 from train.recipe import PretrainRecipe
 from train.run_folder import RunFolder
 
 MAX_RANKS = 16
 _STEPS, _SAVE_INTERVAL = 4, 2
+_FIRST_LOG = "train.log"
 _SEQUENCE_LENGTH = 64
 _HEAD_DIM = 8
 _INIT_STD = 0.2  # large, so that a wrong layout shows in the logits of a model this small
@@ -61,7 +63,8 @@ def target_world_size(recipe: PretrainRecipe, *, gpus: int) -> tuple[int, str]:
         return parallel.num_processes, "--num_processes"
     if gpus and gpus % per_copy == 0:
         return gpus, "one per GPU of this machine"
-    data = 2 if parallel.zero_stage and per_copy * 2 <= MAX_RANKS else 1
+    divides = (recipe.training.global_batch_size or 0) % (2 * recipe.training.micro_batch_size) == 0
+    data = 2 if parallel.zero_stage and divides and per_copy * 2 <= MAX_RANKS else 1
     return per_copy * data, "tensor x pipeline" + (" x 2, so that ZeRO has something to spread" if data == 2 else "")
 
 
@@ -118,6 +121,8 @@ def shrink(recipe: PretrainRecipe, *, world_size: int, output_dir: Path) -> Rehe
     attention = "sdpa" if parallel.attention == "flash_attention_2" else parallel.attention
     if attention != parallel.attention:
         changes.append("attention flash_attention_2 -> sdpa (a CPU has no flash-attn)")
+    if recipe.checkpoint.initial_checkpoint_dir is not None:
+        changes.append("weights of --initial_checkpoint_dir -> random ones (they are of the full size)")
     batch = data * 2  # two accumulation steps: sums over micro batches are rehearsed, too
     tokens_per_step = batch * shape["sequence_length"]
     changes.append(f"{_STEPS} steps of {tokens_per_step} tokens, saved every {_SAVE_INTERVAL}")
@@ -145,6 +150,7 @@ def shrink(recipe: PretrainRecipe, *, world_size: int, output_dir: Path) -> Rehe
             recipe.checkpoint,
             output_model_dir=output_dir,
             job_name="rehearsal",
+            initial_checkpoint_dir=None,
             save_interval=_SAVE_INTERVAL,
             keep_last=0,
             eval_interval=_SAVE_INTERVAL,
@@ -177,16 +183,12 @@ def rehearse(recipe: PretrainRecipe) -> int:
         print(f"  smaller: {change}")
     if recipe.dry_run:
         return pretrain(rehearsal.recipe)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for name, stage in (("train", _train), ("resume", _resume), ("export", _export)):
-        started = time.monotonic()
-        with _quiet(folder / f"{name}.log"):
-            result = stage(rehearsal.recipe)
-        print(f"{name:<8}{time.monotonic() - started:>5.0f} s  {result}", flush=True)
-    shutil.rmtree(folder)
-    with contextlib.suppress(OSError):  # another rehearsal is in it
-        folder.parent.rmdir()
+    with _own_folder(folder):
+        for name, stage in (("train", _train), ("resume", _resume), ("export", _export)):
+            started = time.monotonic()
+            with _quiet(folder / f"{name}.log"):
+                result = stage(rehearsal.recipe)
+            print(f"{name:<8}{time.monotonic() - started:>5.0f} s  {result}", flush=True)
     print("This recipe trains, saves, resumes, exports and verifies in its layout.")
     return 0
 
@@ -273,14 +275,55 @@ def _losses(recipe: PretrainRecipe) -> dict[int, float]:
 
 
 @contextlib.contextmanager
+def _own_folder(folder: Path) -> Iterator[None]:
+    """An empty folder for one rehearsal, which goes with it, but for one that found something: its logs stay.
+
+    Raises:
+        UserError: another rehearsal is in it, or something that is none.
+    """
+    lock = folder.with_name(f".{folder.name}.lock")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{folder.parent}: a part of this path is a file; choose another --output_model_dir.") from None
+    with same_run.claimed(lock, str(folder)):
+        try:
+            if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / _FIRST_LOG).is_file()):
+                raise UserError(f"{folder} is no rehearsal's folder: move it away, or choose another --job_name.")
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            try:
+                yield
+            except BaseException as error:
+                if _is_users(error):
+                    shutil.rmtree(folder, ignore_errors=True)
+                raise
+            shutil.rmtree(folder)
+        finally:
+            lock.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a failed rehearsal is in it, or another one
+                folder.parent.rmdir()
+
+
+def _is_users(error: BaseException) -> bool:
+    """Whether the message says all: a setting, an input or the machine is wrong, or there was a Ctrl-C."""
+    if isinstance(error, UserError):
+        return error.exit_code == EXIT_USER
+    return isinstance(error, KeyboardInterrupt) or user_message(error) is not None
+
+
+@contextlib.contextmanager
 def _quiet(log: Path) -> Iterator[None]:
     """Sends what is printed meanwhile to `log`; when that ends in an error, the end of it is shown after all."""
     with log.open("w", encoding="utf-8", buffering=1) as file:
         try:
             with contextlib.redirect_stdout(file):
                 yield
-        except Exception:
+        except Exception as error:
+            if isinstance(error, UserError) and error.exit_code == EXIT_INTERRUPTED:
+                raise KeyboardInterrupt from None  # the ranks' word is that the run goes on: a rehearsal begins anew
             file.flush()
             print("".join(f"| {line}\n" for line in log.read_text(errors="replace").splitlines()[-40:]), end="")
-            print(f"the rehearsal failed; all of its output: {log}", flush=True)
+            if not _is_users(error):
+                print(f"the rehearsal failed; all of its output: {log}", flush=True)
             raise

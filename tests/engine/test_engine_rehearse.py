@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from train import rehearse, settings
+from train import rehearse, same_run, settings
 from train.data.docstrings import docstring_documents
 from train.engine.megatron_deepspeed import checkout
 from train.errors import EXIT_USER, EXIT_VERIFICATION, UserError
@@ -38,6 +38,7 @@ def recipe(size: str = "gpt_1.3B", **flags: object) -> PretrainRecipe:
         ({"tensor_parallel_size": 2, "pipeline_parallel_size": 2}, 0, 8),  # ZeRO wants a second data rank
         ({"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "zero_stage": 0, "precision": "fp32"}, 0, 4),
         ({"tensor_parallel_size": 8, "pipeline_parallel_size": 2}, 0, 16),
+        ({"global_batch_size": 8, "micro_batch_size": 8}, 0, 1),  # a batch for one rank is no reason to refuse
     ],
 )
 def test_ranks_are_the_recipes(flags: dict[str, object], gpus: int, expected: int) -> None:
@@ -77,6 +78,54 @@ def test_what_a_cpu_lacks_is_replaced_and_told() -> None:
     assert "precision fp16 -> bf16" in told and "flash_attention_2 -> sdpa" in told
     without_zero = recipe(precision="fp16", zero_stage=0)
     assert rehearse.shrink(without_zero, world_size=1, output_dir=Path("/s")).recipe.training.precision == "fp32"
+
+
+def test_initial_weights_are_of_another_size_than_the_rehearsals() -> None:
+    made = rehearse.shrink(recipe(initial_checkpoint_dir="/initial"), world_size=2, output_dir=Path("/scratch"))
+    assert made.recipe.checkpoint.initial_checkpoint_dir is None
+    assert any("--initial_checkpoint_dir -> random ones" in change for change in made.changes)
+
+
+def test_a_wrong_path_leaves_nothing(tmp_path: Path) -> None:
+    wrong = recipe(engine="transformers", output_model_dir=tmp_path, input_tokenizer_file=tmp_path / "no.model")
+    with pytest.raises(UserError, match=r"no\.model is missing"):
+        rehearse.rehearse(wrong)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), UserError("interrupted: it goes on", exit_code=130)])
+def test_an_interrupted_rehearsal_leaves_nothing(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_recipe: PretrainRecipe) -> str:
+        assert list(tmp_path.glob("rehearsal/*/train.log"))
+        raise error
+
+    monkeypatch.setattr(rehearse, "_train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        rehearse.rehearse(recipe(engine="transformers", output_model_dir=tmp_path))
+    assert not list(tmp_path.iterdir()) and "failed" not in capsys.readouterr().out
+
+
+def test_what_is_no_rehearsal_stays_and_two_at_the_same_time_are_refused(tmp_path: Path) -> None:
+    chosen = recipe(engine="transformers", output_model_dir=tmp_path, job_name="mine")
+    folder = tmp_path / "rehearsal" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="is no rehearsal's folder: move it away, or choose another --job_name"):
+        rehearse.rehearse(chosen)
+    assert [file.name for file in folder.parent.rglob("*") if file.is_file()] == ["thesis.txt"]
+    with (
+        same_run.claimed(folder.parent / ".mine.lock", "it"),
+        pytest.raises(UserError, match="mine is being made by another process"),
+    ):
+        rehearse.rehearse(chosen)
+
+
+def test_a_file_where_the_folder_belongs_is_told(tmp_path: Path) -> None:
+    (tmp_path / "rehearsal").write_text("mine")
+    with pytest.raises(UserError, match="a part of this path is a file; choose another --output_model_dir"):
+        rehearse.rehearse(recipe(engine="transformers", output_model_dir=tmp_path))
 
 
 def test_the_full_size_is_checked_before_the_small_one_runs() -> None:
