@@ -24,7 +24,7 @@ from train.cluster import allocation as allocations
 from train.cluster.allocation import Allocation
 from train.deepspeed_ops import remove_stale_locks
 from train.engine import choose
-from train.errors import UserError, refuse
+from train.errors import EXIT_INTERRUPTED, UserError, refuse
 from train.monitor import progress, wandb_run
 from train.process import Command
 from train.recipe import PretrainRecipe
@@ -77,6 +77,13 @@ def pretrain(recipe: PretrainRecipe) -> int:
         outputs.write_text(run_folder.identity, json.dumps(record, indent=2) + "\n")
         _train(command, run_folder)
         remove_universal(run_folder.checkpoint_dir)
+        reached = run_folder.latest_step() or 0
+        if reached < recipe.train_steps:  # --exit-duration-in-mins and the like end the ranks without an error
+            raise UserError(
+                f"the engine ended after step {reached:,} of {recipe.train_steps:,}: the same command goes on from"
+                " there.",
+                exit_code=EXIT_INTERRUPTED,
+            )
         results = _results(recipe, engine, allocation, run_folder, parts, command.argv, time.time() - started)
         results["stretches"] = stretches
         manifest.write(
@@ -87,7 +94,7 @@ def pretrain(recipe: PretrainRecipe) -> int:
             results=results,
             started=started,
         )
-    print(f"done: {run_folder.step_dir(recipe.train_steps)}, {_losses(results)}, {results['tokens']:,} tokens")
+    print(f"done: {results['checkpoint']}, {_losses(results)}, {results['tokens']:,} tokens")
     return 0
 
 
@@ -234,7 +241,7 @@ def _comparable(recipe: PretrainRecipe) -> PretrainRecipe:
 def _is_done(recipe: PretrainRecipe, run_folder: RunFolder, parts: Sequence[BlendPart]) -> bool:
     plain = settings.to_plain(_comparable(recipe))
     same = manifest.is_done(run_folder.manifest, step=STEP, settings=plain, inputs=_inputs(recipe, parts))
-    return same and run_folder.latest_step() == recipe.train_steps
+    return same and (run_folder.latest_step() or 0) >= recipe.train_steps  # a batch that ramps up takes more steps
 
 
 def _inputs(recipe: PretrainRecipe, parts: Sequence[BlendPart]) -> list[Path]:
@@ -282,17 +289,18 @@ def _results(
     seconds: float,
 ) -> dict[str, Any]:
     """The run in numbers, read from its own metrics."""
+    last_step = run_folder.latest_step() or 0
     return {
         "engine": engine,
         "engine_commit": choose.commit(engine),
         "model_name": recipe.model_name,
         "argv": list(argv),
         "layout": _layout(recipe, allocation),
-        "steps": recipe.train_steps,
+        "steps": last_step,
         "tokens": recipe.train_steps * recipe.tokens_per_step,
         **progress.summary(run_folder.read_metrics()),
         "launch_seconds": round(seconds, 1),
-        "checkpoint": str(run_folder.step_dir(recipe.train_steps)),
+        "checkpoint": str(run_folder.step_dir(last_step)),
         "data": [
             {"prefix": str(part.prefix), "weight": part.weight, "tokens": part.tokens, "documents": part.documents}
             for part in parts

@@ -13,7 +13,7 @@ from train.cluster.allocation import Allocation
 from train.data.indexed_dataset import IndexedDatasetWriter
 from train.engine import choose
 from train.engine.megatron_deepspeed import checkout
-from train.errors import UserError
+from train.errors import EXIT_INTERRUPTED, UserError
 from train.pretrain import pretrain
 from train.recipe import PretrainRecipe
 
@@ -144,3 +144,24 @@ def test_what_only_megatron_can_do_is_refused_without_it(no_checkout):
     assert "install_megatron_deepspeed.sh" in caught.value.problems[1]
     with pytest.raises(UserError, match=r"install_megatron_deepspeed.sh"):
         choose.choose(recipe("--engine", "megatron-deepspeed"), HERE)
+
+
+@pytest.mark.parametrize(("further", "exit_code"), [(-1, EXIT_INTERRUPTED), (0, 0), (2, 0)])
+def test_a_run_is_done_when_its_last_step_is_there(paths, capsys, monkeypatch, further, exit_code):
+    steps = recipe().train_steps
+
+    def ranks(_command, run_folder):
+        run_folder.step_dir(steps + further).mkdir(parents=True)
+
+    monkeypatch.setattr("train.pretrain._train", ranks)
+    assert run(paths, "--engine", "transformers", "--job_name", "j") == exit_code
+    out, err = capsys.readouterr()
+    file = paths["output_model_dir"] / "manifest" / "j.json"
+    if exit_code:
+        assert f"the engine ended after step {steps - 1:,} of {steps:,}: the same command goes on from there" in err
+        assert "done:" not in out and not file.exists()
+    else:
+        assert f"global_step{steps + further}, " in out
+        assert manifest.read(file)["results"]["steps"] == steps + further
+        assert run(paths, "--engine", "transformers", "--job_name", "j") == 0
+        assert "nothing to do" in capsys.readouterr().out
