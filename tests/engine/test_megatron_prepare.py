@@ -18,7 +18,7 @@ from train.engine.megatron_deepspeed.checkout import Checkout
 from train.engine.megatron_deepspeed.deepspeed_config import deepspeed_config
 from train.errors import UserError
 from train.recipe import PretrainRecipe
-from train.run_folder import RunFolder
+from train.run_folder import Load, RunFolder
 
 GOLDEN = Path(__file__).parent / "golden"
 RUN_FOLDER = RunFolder(Path("/runs/out"), "job")
@@ -165,6 +165,7 @@ def test_command(no_checkout_needed: None, monkeypatch: pytest.MonkeyPatch) -> N
 def small_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "megatron").mkdir()
     flags = ["'--rampup-batch-size', nargs='*'", "'--num-layers', type=int", "'--embedding-weights-in-fp32',"]
+    flags += ["'--make-vocab-size-divisible-by', type=int"]
     flags += [f"'{flag}'," for flag in sorted(rendered_flags())]
     (tmp_path / "megatron" / "arguments.py").write_text("\n".join(f"g.add_argument({flag})" for flag in flags))
     monkeypatch.setattr(checkout, "find_checkout", lambda: Checkout(tmp_path, "c0ffee", "a test"))
@@ -187,6 +188,17 @@ def test_further_arguments_that_upstream_does_not_know_or_the_recipe_renders_are
         "--num-layers is already rendered from the recipe; set it there.",
     ]
     assert "'x' is no flag" in error.value.problems[0]
+
+
+def test_how_the_vocabulary_is_padded_is_the_checkpoints_when_a_run_goes_on(small_checkout: None) -> None:
+    given = "--make-vocab-size-divisible-by 64 --embedding-weights-in-fp32"
+    chosen = dataclasses.replace(recipe(megatron_arguments=given), dry_run=True)
+    assert " ".join(prepare.prepare(chosen, allocation(1), RUN_FOLDER).argv).endswith(given)
+    loading = dataclasses.replace(RUN_FOLDER, load=Load("global_step4", vocabulary_divisor=192))
+    words = prepare.prepare(chosen, allocation(1), loading).argv
+    assert words[-3:] == ("--make-vocab-size-divisible-by", "192", "--embedding-weights-in-fp32")
+    assert words.count("--make-vocab-size-divisible-by") == 1
+    assert prepare.pass_through.words(given.replace(" 64", "=64"), words) == ("--embedding-weights-in-fp32",)
 
 
 def test_unbalanced_quotes_in_further_arguments_are_refused() -> None:

@@ -13,6 +13,8 @@ import shlex
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+# What a checkpoint decides as soon as there is one; further arguments say it for the beginning of a run.
+_OF_A_CHECKPOINT = "--make-vocab-size-divisible-by"
 _FLAG = re.compile(r"""add_argument\(\s*((?:['"]--?[\w-]+['"]\s*,?\s*)+)""")
 
 
@@ -23,9 +25,14 @@ def known_flags(checkout: Path) -> frozenset[str]:
     return frozenset(names | {"--deepspeed", "--deepspeed_config"})
 
 
-def words(text: str) -> tuple[str, ...]:
-    """The text of `--megatron_arguments` cut as a shell cuts it."""
-    return tuple(shlex.split(text))
+def words(text: str, rendered: Sequence[str] = ()) -> tuple[str, ...]:
+    """The text of `--megatron_arguments` cut as a shell cuts it, without what the loaded checkpoint decides."""
+    given = shlex.split(text)
+    if _OF_A_CHECKPOINT in rendered:
+        places = [place for place, word in enumerate(given) if word.partition("=")[0] == _OF_A_CHECKPOINT]
+        for place in reversed(places):
+            del given[place : place + (1 if "=" in given[place] else 2)]
+    return tuple(given)
 
 
 def problems(text: str, rendered: Sequence[str], known: Collection[str]) -> list[str]:
@@ -37,7 +44,7 @@ def problems(text: str, rendered: Sequence[str], known: Collection[str]) -> list
         known: upstream's flags.
     """
     found = []
-    given = words(text)
+    given = words(text, rendered)
     if given and not given[0].startswith("--"):
         found.append(f"--megatron_arguments {text!r}: {given[0]!r} is no flag; start with one, such as --swiglu.")
     taken = {word for word in rendered if word.startswith("--")}

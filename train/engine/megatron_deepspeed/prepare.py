@@ -30,7 +30,7 @@ def prepare(recipe: PretrainRecipe, allocation: Allocation, run_folder: RunFolde
     arguments = megatron_arguments(recipe, allocation, run_folder, _data_path(recipe))
     further, known = recipe.parallel.megatron_arguments, pass_through.known_flags(found.path)
     refuse(pass_through.problems(further, arguments, known) if further else [])
-    arguments = other_versions.fitted(arguments, known, found) + pass_through.words(further)
+    arguments = other_versions.fitted(arguments, known, found) + pass_through.words(further, arguments)
     files = {
         run_folder.recipe: settings.to_yaml(recipe),
         run_folder.deepspeed_config: json.dumps(deepspeed_config(recipe), indent=2) + "\n",
