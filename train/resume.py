@@ -100,7 +100,9 @@ def carry_out(decision: Decision, checkpoint_dir: Path) -> list[Path]:
     if decision.step is not None:
         for name, content in ((POINTER, f"global_step{decision.step}"), (MEGATRON_POINTER, str(decision.step))):
             file = checkpoint_dir / name
-            if file.is_file() and file.read_text("utf-8", "replace").strip() != content:
+            found = file.read_text("utf-8", "replace").strip() if file.is_file() else None
+            # without `latest` a version that has no --load-tag would begin anew and say nothing
+            if found != content and (found is not None or name == POINTER):
                 outputs.write_text(file, content)
     return moved
 

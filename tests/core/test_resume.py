@@ -101,6 +101,14 @@ def test_what_is_set_aside_stays_and_the_pointers_are_put_right(job: Path) -> No
     assert resume.decide([resume.look(job, node="a")]) == Decision(4)
 
 
+def test_a_run_that_was_killed_before_it_wrote_latest_gets_one(job: Path) -> None:
+    for name in POINTERS:
+        (job / name).unlink()
+    assert resume.carry_out(resume.decide([resume.look(job, node="a")]), job) == []
+    assert (job / "latest").read_text() == "global_step8"
+    assert not (job / "latest_checkpointed_iteration.txt").exists()  # the other engine has none
+
+
 def test_a_checkpoint_without_a_list_is_not_trusted(job: Path) -> None:
     (job / "global_step8" / "files.json").unlink()
     assert resume.look(job, node="a").steps[8] == ("files.json: missing or damaged",)

@@ -206,12 +206,18 @@ def test_unbalanced_quotes_in_further_arguments_are_refused() -> None:
         recipe(megatron_arguments="--a 'b")
 
 
-def test_a_version_that_lacks_an_argument_goes_without_or_is_refused() -> None:
+def test_a_version_that_lacks_an_argument_goes_without_or_is_refused(tmp_path: Path) -> None:
     fork = Checkout(Path("/mds"), "1c68b0e71237e6d9734881ed6b99beae66d048cf", "a test")
-    known = {"--num-layers", "--data-path", "--swiglu"}
+    known = {"--num-layers", "--data-path", "--swiglu", "--load"}
     arguments = ("--num-layers", "2", "--data-path", "0.5", "a", "0.5", "b", "--swiglu")
-    implied = ("--rotary-position-embeddings-theta", "10000", "--load-tag", "global_step4")
-    assert other_versions.fitted((*implied, *arguments), known, fork) == arguments
+    load = ("--load", str(tmp_path))
+    implied = (*load, "--rotary-position-embeddings-theta", "10000", "--load-tag", "global_step4")
+    (tmp_path / "latest").write_text("global_step4")
+    assert other_versions.fitted((*implied, *arguments), known, fork) == (*load, *arguments)
+    for prepare_latest in ((tmp_path / "latest").unlink, lambda: (tmp_path / "latest").write_text("global_step8")):
+        prepare_latest()  # it would begin anew, or load another step
+        with pytest.raises(UserError, match="has no --load-tag global_step4, which this run needs"):
+            other_versions.fitted((*implied, *arguments), known, fork)
     with pytest.raises(UserError) as error:
         other_versions.fitted(
             (*arguments, "--rotary-position-embeddings-theta", "500000", "--load-tag", "global_step4_universal"),

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
+from train.checkpoint_folders import POINTER
 from train.engine.megatron_deepspeed.checkout import DIRECTORY_VARIABLE, PINNED_COMMIT, Checkout
 from train.errors import refuse
 
 # Flag -> the values that the versions without it take by themselves.
 _IMPLIED = {
     "--rotary-position-embeddings-theta": re.compile("10000"),
-    "--load-tag": re.compile(r"global_step\d+"),  # DeepSpeed reads `latest`, which train/resume.py puts right
+    "--load-tag": re.compile(r"global_step\d+"),  # where `latest` names the same: DeepSpeed goes by it
 }
 
 
@@ -39,7 +41,12 @@ def fitted(arguments: Sequence[str], known: Collection[str], found: Checkout) ->
             values.append(words.pop(0))
         if flag in known:
             kept += [flag, *values]
-        elif not (flag in _IMPLIED and len(values) == 1 and _IMPLIED[flag].fullmatch(values[0])):
+        elif not (
+            flag in _IMPLIED
+            and len(values) == 1
+            and _IMPLIED[flag].fullmatch(values[0])
+            and (flag != "--load-tag" or values[0] == _latest(kept))
+        ):
             problems.append(
                 f"this Megatron-DeepSpeed ({found.path}, commit {found.commit[:8]}) has no {' '.join([flag, *values])},"
                 f" which this run needs: use the pinned one ({PINNED_COMMIT[:8]}; leave {DIRECTORY_VARIABLE} unset), or"
@@ -47,3 +54,9 @@ def fitted(arguments: Sequence[str], known: Collection[str], found: Checkout) ->
             )
     refuse(problems)
     return tuple(kept)
+
+
+def _latest(arguments: Sequence[str]) -> str | None:
+    """What `latest` names in the folder that is loaded from."""
+    file = Path(arguments[arguments.index("--load") + 1]) / POINTER if "--load" in arguments else None
+    return file.read_text("utf-8", "replace").strip() if file is not None and file.is_file() else None
