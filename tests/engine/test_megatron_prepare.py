@@ -326,3 +326,15 @@ def test_missing_checkout_is_refused_with_the_installer(monkeypatch: pytest.Monk
     chosen = dataclasses.replace(recipe(), dry_run=True)
     with pytest.raises(UserError, match=r"nowhere \(MEGATRON_DEEPSPEED_DIR names it\): there is no such folder; run"):
         prepare.prepare(chosen, allocation(1), RUN_FOLDER)
+
+
+def test_shapes_that_another_version_breaks_are_refused(small_checkout: None, tmp_path: Path) -> None:
+    llama = {"architecture": "llama", "num_key_value_heads": 2, "no_pipeline_parallel": True}
+    found = Checkout(tmp_path, "4efb479d" + "0" * 32, "a test")
+    newer = frozenset({"--ds-sequence-parallel-fpdt"})
+    problems = other_versions.broken_shapes(recipe(**llama), newer, found)
+    assert "--num_key_value_heads 2: this Megatron-DeepSpeed" in problems[0] and "4efb479d" in problems[0]
+    assert "--no_pipeline_parallel: " in problems[1] and "use the pinned one (6acc370a" in problems[1]
+    assert other_versions.broken_shapes(recipe(**llama), frozenset(), found) == []
+    assert other_versions.broken_shapes(recipe(architecture="llama"), newer, found) == []
+    assert other_versions.broken_shapes(recipe(no_pipeline_parallel=True), newer, found) == []

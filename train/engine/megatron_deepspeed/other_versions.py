@@ -14,6 +14,7 @@ from pathlib import Path
 from train.checkpoint_folders import POINTER
 from train.engine.megatron_deepspeed.checkout import DIRECTORY_VARIABLE, PINNED_COMMIT, Checkout
 from train.errors import refuse
+from train.recipe import PretrainRecipe
 
 # Flag -> the values that the versions without it take by themselves.
 _IMPLIED = {
@@ -54,6 +55,27 @@ def fitted(arguments: Sequence[str], known: Collection[str], found: Checkout) ->
             )
     refuse(problems)
     return tuple(kept)
+
+
+def broken_shapes(recipe: PretrainRecipe, known: Collection[str], found: Checkout) -> list[str]:
+    """Shapes that this version trains wrongly or not at all; empty for the pinned one.
+
+    From 676a482c ("FPDT") on the fused projection is cut into thirds whatever the number of key-value heads, and
+    without the pipeline module rotary positions cannot be unpacked (the patch `rotary-positions` mends them with it).
+    """
+    if "--ds-sequence-parallel-fpdt" not in known or recipe.model.architecture == "gpt2":
+        return []
+    instead = f"use the pinned one ({PINNED_COMMIT[:8]}; leave {DIRECTORY_VARIABLE} unset)."
+    version = f"this Megatron-DeepSpeed ({found.path}, commit {found.commit[:8]})"
+    problems = []
+    groups = recipe.model.num_key_value_heads
+    if groups != recipe.model.num_attention_heads:
+        problems.append(f"--num_key_value_heads {groups}: {version} cuts grouped queries wrongly; {instead}")
+    if recipe.parallel.no_pipeline_parallel:
+        problems.append(
+            f"--no_pipeline_parallel: {version} has no rotary positions without its pipeline module; {instead}"
+        )
+    return problems
 
 
 def _latest(arguments: Sequence[str]) -> str | None:

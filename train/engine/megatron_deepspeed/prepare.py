@@ -29,6 +29,7 @@ def prepare(recipe: PretrainRecipe, allocation: Allocation, run_folder: RunFolde
         raise UserError(checkout.why_missing())
     arguments = megatron_arguments(recipe, allocation, run_folder, _data_path(recipe))
     further, known = recipe.parallel.megatron_arguments, pass_through.known_flags(found.path)
+    refuse(other_versions.broken_shapes(recipe, known, found))
     refuse(pass_through.problems(further, arguments, known) if further else [])
     arguments = other_versions.fitted(arguments, known, found) + pass_through.words(further, arguments)
     files = {
