@@ -163,7 +163,7 @@ def _beginning(run_folder: RunFolder, recipe: PretrainRecipe, engine: str) -> Ru
         )
     from train.checkpoint.megatron.initial import prepare_initial
 
-    return dataclasses.replace(run_folder, load=prepare_initial(recipe))
+    return dataclasses.replace(run_folder, load=prepare_initial(recipe, choose.commit(engine)))
 
 
 def _engine(recipe: PretrainRecipe, allocation: Allocation, run_folder: RunFolder) -> tuple[str, str]:

@@ -18,6 +18,7 @@ from train.checkpoint.megatron.export import export
 from train.checkpoint.megatron.import_huggingface import ImportSettings, import_model
 from train.checkpoint.megatron.initial import prepare_initial
 from train.checkpoint.megatron.layout import open_checkpoint
+from train.engine.megatron_deepspeed.checkout import PINNED_COMMIT
 from train.errors import UserError, VerificationError
 from train.recipe import PretrainRecipe
 
@@ -271,7 +272,7 @@ def recipe(tmp_path: Path, tokenizer_file: Path, *words: str) -> PretrainRecipe:
 def test_a_run_begins_with_a_checkpoint_that_fits(tmp_path: Path, tokenizer_file: Path) -> None:
     folder = make_folder(tmp_path / "hf", "llama", vocab_size=380)
     run_import(folder, tmp_path / "megatron", (2, 1, False), make_vocab_size_divisible_by=128)
-    load = prepare_initial(recipe(tmp_path, tokenizer_file))
+    load = prepare_initial(recipe(tmp_path, tokenizer_file), PINNED_COMMIT)
     assert (load.tag, load.initial_from, load.vocabulary_divisor) == ("global_step0", tmp_path / "megatron", 256)
 
 
@@ -291,14 +292,32 @@ def test_a_run_of_another_model_is_refused(
     folder = make_folder(tmp_path / "hf", "llama", vocab_size=380)
     run_import(folder, tmp_path / "megatron", (2, 1, False), make_vocab_size_divisible_by=128)
     with pytest.raises(UserError, match=message):
-        prepare_initial(recipe(tmp_path, tokenizer_file, *words))
+        prepare_initial(recipe(tmp_path, tokenizer_file, *words), PINNED_COMMIT)
+
+
+@pytest.mark.parametrize(("order", "commit", "message"), [
+    ("per_head", "4efb479d5317ce9b86096b9d8e3e8030b0b5263b", "lie per head .as the import wrote it., and .* 4efb479d"),
+    ("per_rank", PINNED_COMMIT, "lie per tensor rank .as the import wrote it., and Megatron-DeepSpeed 6acc370a reads"),
+    ("per_rank", None, "Megatron-DeepSpeed unknown reads them per head"),
+])  # fmt: skip
+def test_query_key_and_value_in_the_order_of_another_version_are_refused(
+    tmp_path: Path, tokenizer_file: Path, order: str, commit: str | None, message: str
+) -> None:
+    folder = make_folder(tmp_path / "hf", "gpt2", vocab_size=380)
+    more = {"make_vocab_size_divisible_by": 128, "query_key_value_order": order}
+    run_import(folder, tmp_path / "megatron", (2, 1, False), **more)
+    shape = ("--architecture", "gpt2", "--num_attention_heads", "4", "--num_key_value_heads", "4")
+    rest = ("--ffn_hidden_size", "128", "--norm_epsilon", "1e-5", "--rope_theta", "10000")
+    with pytest.raises(UserError, match=message) as caught:
+        prepare_initial(recipe(tmp_path, tokenizer_file, *shape, *rest), commit)
+    assert len(caught.value.problems) == 1
 
 
 def test_too_few_rows_for_the_engines_vocabulary_are_refused(tmp_path: Path, tokenizer_file: Path) -> None:
     folder = make_folder(tmp_path / "hf", "llama", vocab_size=380)
     run_import(folder, tmp_path / "megatron", (2, 1, False), make_vocab_size_divisible_by=10)
     with pytest.raises(UserError, match="it has 380 vocabulary rows, the engine needs 383"):
-        prepare_initial(recipe(tmp_path, tokenizer_file))
+        prepare_initial(recipe(tmp_path, tokenizer_file), PINNED_COMMIT)
 
 
 @pytest.mark.parametrize(("words", "message"), [
@@ -313,4 +332,4 @@ def test_a_gpt2s_positions_and_gelu_must_be_the_runs(
     shape = ("--architecture", "gpt2", "--num_attention_heads", "4", "--ffn_hidden_size", "128")
     rest = ("--norm_epsilon", "1e-5", "--rope_theta", "10000")
     with pytest.raises(UserError, match=message):
-        prepare_initial(recipe(tmp_path, tokenizer_file, *shape, *rest, *words))
+        prepare_initial(recipe(tmp_path, tokenizer_file, *shape, *rest, *words), PINNED_COMMIT)

@@ -1,6 +1,6 @@
 """A run that begins with the weights of a checkpoint that is there: of a Hugging Face model, or of another run.
 
-    load = prepare_initial(recipe)          # what the engine is told to load; refused when it is another model
+    load = prepare_initial(recipe, engine_commit)   # what the engine is told to load; refused when it is another model
 
 Weights only: the optimizer, the learning rate's schedule and the order of the data begin anew, at step 0.
 """
@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from train.checkpoint import kind
-from train.checkpoint.megatron import configuration, vocabulary
+from train.checkpoint.megatron import configuration, qkv_layout, vocabulary
 from train.checkpoint.megatron.families import GPT2
 from train.checkpoint.megatron.layout import MegatronCheckpoint, open_checkpoint
+from train.checkpoint.megatron.merge import PER_HEAD
 from train.errors import UserError, refuse
 from train.recipe import PretrainRecipe
 from train.run_folder import Load
@@ -29,11 +30,15 @@ _SAME = {
 }
 
 
-def prepare_initial(recipe: PretrainRecipe) -> Load:
+def prepare_initial(recipe: PretrainRecipe, engine_commit: str | None) -> Load:
     """What to load for `--initial_checkpoint_dir`.
 
+    Args:
+        recipe: of the run that begins.
+        engine_commit: the version of Megatron-DeepSpeed that will load it.
+
     Raises:
-        UserError: it is no checkpoint of Megatron-DeepSpeed, or of another model or layout than the recipe's; all
+        UserError: it is no whole checkpoint of Megatron-DeepSpeed, or of another model or layout than the recipe's; all
             differences at once.
     """
     given = recipe.checkpoint.initial_checkpoint_dir
@@ -42,7 +47,8 @@ def prepare_initial(recipe: PretrainRecipe) -> Load:
         raise UserError(f"--initial_checkpoint_dir {given} is not a folder: name a checkpoint, or what holds it.")
     folder, _ = kind.resolve(given)
     checkpoint = open_checkpoint(folder)
-    refuse(f"--initial_checkpoint_dir {given}: {problem}" for problem in _problems(recipe, checkpoint))
+    problems = [*_problems(recipe, checkpoint), *_order_problems(checkpoint, engine_commit)]
+    refuse(f"--initial_checkpoint_dir {given}: {problem}" for problem in problems)
     rows = checkpoint.saved.padded_vocab_size
     assert rows is not None
     return Load(
@@ -73,6 +79,18 @@ def _problems(recipe: PretrainRecipe, checkpoint: MegatronCheckpoint) -> Iterato
     elif float(getattr(arguments, "rope_theta", 10000)) != model.rope_theta:
         yield f"its rope_theta is {arguments.rope_theta}, the recipe's {model.rope_theta:g}; pass --rope_theta."
     yield from _layout_problems(recipe, checkpoint)
+
+
+def _order_problems(checkpoint: MegatronCheckpoint, engine_commit: str | None) -> Iterator[str]:
+    """Versions read the fused query, key and value in two orders; the other one trains on scrambled attention."""
+    order, known = qkv_layout.find(checkpoint, vocab_size=checkpoint.saved.padded_vocab_size or 0)
+    wanted = qkv_layout.order_of(engine_commit) or PER_HEAD
+    if order != wanted:
+        yield (
+            f"its query, key and value lie {order} ({known}), and Megatron-DeepSpeed {(engine_commit or 'unknown')[:8]}"
+            f" reads them {wanted}: use the version it was made with, or export it and import it for this one"
+            " (--query_key_value_order)."
+        )
 
 
 def _layout_problems(recipe: PretrainRecipe, checkpoint: MegatronCheckpoint) -> Iterator[str]:
