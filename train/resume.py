@@ -58,7 +58,7 @@ def look(checkpoint_dir: Path, *, node: str, read_up_to_bytes: int = READ_UP_TO_
     steps: dict[int, tuple[str, ...]] = {}
     read = False
     for step, folder in reversed(list(whole_checkpoints(checkpoint_dir))):
-        contents = not read and _bytes(folder) <= read_up_to_bytes
+        contents = not read and is_read_whole(folder, read_up_to_bytes)
         steps[step] = tuple(_problems(folder, contents=contents))
         read = read or not steps[step]
     found = ((name, checkpoint_dir / name) for name in (POINTER, MEGATRON_POINTER))
@@ -140,5 +140,6 @@ def _problems(folder: Path, *, contents: bool) -> list[str]:
     return list(fsck.glance(folder))
 
 
-def _bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+def is_read_whole(folder: Path, read_up_to_bytes: int = READ_UP_TO_BYTES) -> bool:
+    """Whether a checkpoint is small enough for its bytes to be compared before a run loads it, and not only sizes."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= read_up_to_bytes

@@ -295,6 +295,17 @@ def test_a_run_of_another_model_is_refused(
         prepare_initial(recipe(tmp_path, tokenizer_file, *words), PINNED_COMMIT)
 
 
+def test_a_damaged_checkpoint_begins_no_run(tmp_path: Path, tokenizer_file: Path) -> None:
+    folder = make_folder(tmp_path / "hf", "llama", vocab_size=380)
+    step_dir = run_import(folder, tmp_path / "megatron", (2, 1, False), make_vocab_size_divisible_by=128)
+    file = step_dir / "layer_02-model_01-model_states.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=f"{file.name}: other contents than were written .*: copy or import it again"):
+        prepare_initial(recipe(tmp_path, tokenizer_file), PINNED_COMMIT)
+
+
 @pytest.mark.parametrize(("order", "commit", "message"), [
     ("per_head", "4efb479d5317ce9b86096b9d8e3e8030b0b5263b", "lie per head .as the import wrote it., and .* 4efb479d"),
     ("per_rank", PINNED_COMMIT, "lie per tensor rank .as the import wrote it., and Megatron-DeepSpeed 6acc370a reads"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from train import checkpoint_files, resume
 from train.checkpoint import kind
 from train.checkpoint.megatron import configuration, qkv_layout, vocabulary
 from train.checkpoint.megatron.families import GPT2
@@ -46,6 +47,11 @@ def prepare_initial(recipe: PretrainRecipe, engine_commit: str | None) -> Load:
     if not given.is_dir():
         raise UserError(f"--initial_checkpoint_dir {given} is not a folder: name a checkpoint, or what holds it.")
     folder, _ = kind.resolve(given)
+    if (folder / checkpoint_files.FILES).is_file():  # upstream alone writes no list
+        damage = checkpoint_files.damage(folder, contents=resume.is_read_whole(folder))
+        refuse(
+            f"--initial_checkpoint_dir {folder} is damaged ({problem}): copy or import it again." for problem in damage
+        )
     checkpoint = open_checkpoint(folder)
     problems = [*_problems(recipe, checkpoint), *_order_problems(checkpoint, engine_commit)]
     refuse(f"--initial_checkpoint_dir {given}: {problem}" for problem in problems)
