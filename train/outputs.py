@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -107,6 +107,19 @@ def refuse_foreign(folder: Path) -> None:
     made_by_us = any((folder / name).is_file() for name in MADE_BY_US) or beside.is_file()
     if folder.is_dir() and any(folder.iterdir()) and not made_by_us:
         raise UserError(f"{folder} was not made by this step (it has no manifest): choose another output, or empty it.")
+
+
+def refuse_inputs(folder: Path, inputs: Iterable[Path]) -> None:
+    """Refuses an output that would take the place of what it is made from.
+
+    Raises:
+        UserError: an input is the folder, or lies in it.
+    """
+    target = folder.resolve()
+    for given in inputs:
+        found = given.resolve()
+        if given.exists() and target in (found, *found.parents):
+            raise UserError(f"{folder} holds the input {given}, which it would replace: choose another output.")
 
 
 def share(folder: Path) -> None:

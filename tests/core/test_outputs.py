@@ -65,6 +65,15 @@ def test_overwrite_is_for_our_outputs_only(tmp_path):
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
 
 
+@pytest.mark.parametrize("given", ["model", "model/global_step1", "link"])
+def test_an_output_never_takes_the_place_of_its_input(tmp_path, given):
+    (tmp_path / "model" / "global_step1").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    with pytest.raises(UserError, match="model holds the input .*: choose another output"):
+        outputs.refuse_inputs(tmp_path / "model", [tmp_path / given])
+    outputs.refuse_inputs(tmp_path / "model" / "new", [tmp_path / given, tmp_path / "absent"])
+
+
 def test_an_empty_folder_is_no_output(tmp_path):
     (tmp_path / "b").mkdir()
     with outputs.new_folder(tmp_path / "b") as folder:

@@ -70,6 +70,7 @@ def convert(settings: ConvertSettings) -> int:
         verification.require(output_dir)
         print(f"{output_dir} is there already, from the same settings and inputs: nothing to do.")
         return 0
+    outputs.refuse_inputs(output_dir, inputs)
     print(f"{chosen}, of the {found.kind} engine ({found.reason})")
     records = lineage.trace(inputs)
     _refuse_other_tokenizer(tokenizer_file, records)

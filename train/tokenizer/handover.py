@@ -69,6 +69,7 @@ def convert_and_check(settings: ConvertTokenizerSettings) -> int:
     if manifest.is_done(output_dir, step=STEP, settings=shaping, inputs=inputs):
         print(f"{output_dir} was converted from this model already: nothing to do.")
         return 0
+    outputs.refuse_inputs(output_dir, inputs)
     with outputs.new_folder(output_dir, overwrite=settings.overwrite) as folder:
         convert_tokenizer(model_file, folder, model_max_length=settings.input_model_max_length)
         compared = itertools.chain(hard_cases(), corpus_texts(texts, json_key=settings.json_key))

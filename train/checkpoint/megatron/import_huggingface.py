@@ -81,12 +81,16 @@ def import_model(settings: ImportSettings) -> int:
         return 0
     started = time.time()
     if not (folder / _CONFIG).is_file():
-        raise UserError(f"--input_model_dir {folder} has no {_CONFIG}: name the folder of a Hugging Face model.")
+        raise UserError(
+            f"--input_model_dir {folder} has no {_CONFIG}: name the folder of a Hugging Face model. One on the Hub is"
+            " brought into a folder by `hf download NAME --local-dir FOLDER`."
+        )
     inputs = (folder / _CONFIG, *sorted(folder.glob("*.safetensors")))
     plain = settings_module.to_plain(settings)
     if manifest.is_done(output_dir, step=STEP, settings=plain, inputs=inputs):
         print(f"{output_dir} is there already, from the same settings and inputs: nothing to do.")
         return 0
+    outputs.refuse_inputs(output_dir, (folder,))
     source = open_source(folder)
     arguments = build_arguments(source, settings)
     with outputs.new_folder(output_dir, overwrite=settings.overwrite) as unfinished:

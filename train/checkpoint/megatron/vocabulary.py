@@ -19,9 +19,16 @@ _ADDED_FOR = {"pad_id": "<PAD>", "bos_id": "<BOS>", "eos_id": "<EOS>"}
 
 
 def engine_vocab_size(model_file: Path) -> int:
-    """The vocabulary that upstream counts for a SentencePiece model: its pieces, and those that upstream adds."""
+    """The vocabulary that upstream counts for a SentencePiece model: its pieces, and those that upstream adds.
+
+    Raises:
+        UserError: it is no SentencePiece model.
+    """
     from sentencepiece import SentencePieceProcessor
 
+    from train.tokenizer.convert import read_model
+
+    read_model(model_file)  # says what is wrong with it
     processor = SentencePieceProcessor(model_file=str(model_file))
     pieces = {processor.id_to_piece(identifier) for identifier in range(processor.get_piece_size())}
     wanted = set(_ADDED) | {name for of, name in _ADDED_FOR.items() if getattr(processor, of)() < 0}
