@@ -201,6 +201,19 @@ def test_how_the_vocabulary_is_padded_is_the_checkpoints_when_a_run_goes_on(smal
     assert prepare.pass_through.words(given.replace(" 64", "=64"), words) == ("--embedding-weights-in-fp32",)
 
 
+@pytest.mark.parametrize(("words", "rendered", "message"), [
+    ("--bf16", (), "--bf16 is a setting of its own; pass --precision bf16."),
+    ("--train-iters 7", (), "--train-iters is a setting of its own; pass --train_tokens."),
+    ("--load=/x", (), "--load is a setting of its own; pass --initial_checkpoint_dir."),
+    ("--reset-attention-mask", (), "--reset-attention-mask has no effect with the pipeline module, nor with flash"),
+    ("--reset-attention-mask", ("--no-pipeline-parallel", "--use-flash-attn-v2"), "on GPUs --attention eager."),
+    ("--reset-attention-mask", ("--no-pipeline-parallel",), ""),
+])  # fmt: skip
+def test_what_further_arguments_cannot_say_is_refused(words: str, rendered: tuple[str, ...], message: str) -> None:
+    found = prepare.pass_through.problems(words, rendered, {"--reset-attention-mask"})
+    assert bool(found) == bool(message) and all(message in problem for problem in found)
+
+
 def test_unbalanced_quotes_in_further_arguments_are_refused() -> None:
     with pytest.raises(UserError, match="No closing quotation; quote it as in a shell"):
         recipe(megatron_arguments="--a 'b")

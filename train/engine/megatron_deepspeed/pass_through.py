@@ -15,6 +15,21 @@ from pathlib import Path
 
 # What a checkpoint decides as soon as there is one; further arguments say it for the beginning of a run.
 _OF_A_CHECKPOINT = "--make-vocab-size-divisible-by"
+# What settings of the recipe decide, whether this run's arguments name it or not: DeepSpeed's file, the checks and the
+# record of the run go by the setting.
+_SETTINGS = {
+    "--bf16": "--precision bf16",
+    "--fp16": "--precision fp16",
+    "--no-pipeline-parallel": "--no_pipeline_parallel",
+    "--sequence-parallel": "--sequence_parallel",
+    "--checkpoint-activations": "--activation_checkpoint",
+    "--train-iters": "--train_tokens",
+    "--train-tokens": "--train_tokens",
+    "--load": "--initial_checkpoint_dir",
+    "--load-tag": "--initial_checkpoint_dir",
+    "--finetune": "--initial_checkpoint_dir",
+    "--universal-checkpoint": "other sizes, and start the run again",
+}
 _FLAG = re.compile(r"""add_argument\(\s*((?:['"]--?[\w-]+['"]\s*,?\s*)+)""")
 
 
@@ -51,8 +66,15 @@ def problems(text: str, rendered: Sequence[str], known: Collection[str]) -> list
     for flag in (word.partition("=")[0] for word in given if word.startswith("--")):
         if flag in taken:
             found.append(f"--megatron_arguments: {flag} is already rendered from the recipe; set it there.")
+        elif flag in _SETTINGS:
+            found.append(f"--megatron_arguments: {flag} is a setting of its own; pass {_SETTINGS[flag]}.")
         elif flag not in known:
             near = difflib.get_close_matches(flag, known, n=1)
             meant = f" did you mean {near[0]}?" if near else ""
             found.append(f"--megatron_arguments: Megatron-DeepSpeed has no {flag};{meant or ' see its --help.'}")
+    if "--reset-attention-mask" in given and ("--no-pipeline-parallel" not in taken or "--use-flash-attn-v2" in taken):
+        found.append(
+            "--megatron_arguments: --reset-attention-mask has no effect with the pipeline module, nor with flash"
+            " attention, which both know one mask only; add --no_pipeline_parallel, and on GPUs --attention eager."
+        )
     return found
