@@ -9,6 +9,7 @@ is left to do it says so.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 import socket
@@ -67,7 +68,7 @@ def pretrain(recipe: PretrainRecipe) -> int:
         command = choose.engine(engine).prepare(recipe, allocation, run_folder)
         _announce(recipe, engine, reason, allocation, run_folder)
         _describe_blend(parts, recipe.training.train_tokens)
-        vocab_rows = _vocab_rows(recipe, engine)
+        vocab_rows = _vocab_rows(recipe, engine, command.argv)
         done = 0 if recipe.overwrite else run_folder.latest_step() or 0
         _check_disk(disk_need(recipe, vocab_rows=vocab_rows, folder=run_folder.root, steps_done=done))
         remove_stale_locks(run_folder.extensions_dir)
@@ -163,6 +164,7 @@ def _beginning(run_folder: RunFolder, recipe: PretrainRecipe, engine: str) -> Ru
         )
     from train.checkpoint.megatron.initial import prepare_initial
 
+    outputs.refuse_inputs(run_folder.checkpoint_dir, [recipe.checkpoint.initial_checkpoint_dir])
     return dataclasses.replace(run_folder, load=prepare_initial(recipe, choose.commit(engine)))
 
 
@@ -197,8 +199,8 @@ def _announce(recipe: PretrainRecipe, engine: str, reason: str, allocation: Allo
     print(f"job: {run_folder.job_name}, {recipe.train_steps:,} steps of {recipe.tokens_per_step:,} tokens, {begin}")
 
 
-def _vocab_rows(recipe: PretrainRecipe, engine: str) -> int:
-    """The embedding's rows; Megatron pads them to whole shares of its tensor ranks."""
+def _vocab_rows(recipe: PretrainRecipe, engine: str, argv: Sequence[str]) -> int:
+    """The embedding's rows; Megatron pads them to whole shares of its tensor ranks, and to what its arguments say."""
     from train.checkpoint.megatron import vocabulary
     from train.tokenizer.convert import read_model
 
@@ -207,7 +209,8 @@ def _vocab_rows(recipe: PretrainRecipe, engine: str) -> int:
         return pieces
     tensor = recipe.parallel.tensor_parallel_size
     size = vocabulary.engine_vocab_size(recipe.data.input_tokenizer_file)
-    rows = vocabulary.padded(size, divisor=vocabulary.DIVISOR, ranks=tensor)
+    divisor = dict(itertools.pairwise(argv)).get("--make-vocab-size-divisible-by", vocabulary.DIVISOR)
+    rows = vocabulary.padded(size, divisor=int(divisor), ranks=tensor)
     print(f"vocabulary: {pieces:,} pieces, {rows:,} rows = {rows // tensor:,} x {tensor} tensor ranks", flush=True)
     return rows
 

@@ -146,6 +146,28 @@ def test_what_only_megatron_can_do_is_refused_without_it(no_checkout):
         choose.choose(recipe("--engine", "megatron-deepspeed"), HERE)
 
 
+def test_the_vocabulary_has_the_rows_that_the_engine_is_told(paths, capsys):
+    from train import pretrain as module
+    from train import settings
+
+    given = [word for name, value in paths.items() for word in (f"--{name}", str(value))]
+    chosen = settings.parse(
+        PretrainRecipe, [*given, *TINY, "--tensor_parallel_size", "2"], program="p", description=""
+    ).resolved()
+    for argv, rows in (((), 512), (("--make-vocab-size-divisible-by", "520"), 1_040)):
+        assert module._vocab_rows(chosen, choose.MEGATRON, argv) == rows
+        assert f"{rows:,} rows = {rows // 2:,} x 2 tensor ranks" in capsys.readouterr().out
+
+
+def test_overwrite_does_not_remove_the_weights_it_would_begin_with(paths, capsys, a_checkout):
+    initial = paths["output_model_dir"] / "checkpoint" / "j" / "global_step4"
+    initial.mkdir(parents=True)
+    words = ("--engine", "megatron-deepspeed", "--job_name", "j", "--overwrite", "--initial_checkpoint_dir")
+    assert run(paths, *words, str(initial)) == 2
+    assert f"holds the input {initial}, which it would replace" in capsys.readouterr().err
+    assert initial.is_dir()
+
+
 @pytest.mark.parametrize(("further", "exit_code"), [(-1, EXIT_INTERRUPTED), (0, 0), (2, 0)])
 def test_a_run_is_done_when_its_last_step_is_there(paths, capsys, monkeypatch, further, exit_code):
     steps = recipe().train_steps
