@@ -21,7 +21,7 @@ def test_a_model_is_not_replaced_by_the_checkpoint_made_of_it(make_checkpoint: A
     folder = make_checkpoint()
     (folder / "tokenizer_config.json").write_text("{}")  # as in every model that was downloaded
     before = contents(folder)
-    with pytest.raises(UserError, match="holds the input .* which it would replace: choose another output"):
+    with pytest.raises(UserError, match=r"holds the input .* which it would replace: choose another output"):
         import_model(ImportSettings(input_model_dir=folder, output_checkpoint_dir=folder, overwrite=True))
     assert contents(folder) == before
 
@@ -40,7 +40,7 @@ def test_a_checkpoint_is_not_replaced_by_the_model_made_of_it(
         output_tokenizer_and_model_dir=job,
         overwrite=True,
     )
-    with pytest.raises(UserError, match="holds the input .* which it would replace: choose another output"):
+    with pytest.raises(UserError, match=r"holds the input .* which it would replace: choose another output"):
         convert(given)
     assert contents(job) == before
 

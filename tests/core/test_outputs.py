@@ -69,7 +69,7 @@ def test_overwrite_is_for_our_outputs_only(tmp_path):
 def test_an_output_never_takes_the_place_of_its_input(tmp_path, given):
     (tmp_path / "model" / "global_step1").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "model")
-    with pytest.raises(UserError, match="model holds the input .*: choose another output"):
+    with pytest.raises(UserError, match=r"model holds the input .*: choose another output"):
         outputs.refuse_inputs(tmp_path / "model", [tmp_path / given])
     outputs.refuse_inputs(tmp_path / "model" / "new", [tmp_path / given, tmp_path / "absent"])
 
