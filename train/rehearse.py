@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from train import same_run
 from train.cluster import allocation as allocations
 from train.cluster.allocation import Allocation
 from train.engine import choose
+from train.engine.megatron_deepspeed import pass_through
 from train.errors import EXIT_INTERRUPTED, EXIT_USER, UserError, VerificationError, refuse, user_message
 from train.pretrain import pretrain
 from train.recipe import PretrainRecipe
@@ -35,6 +37,7 @@ _SEQUENCE_LENGTH = 64
 _HEAD_DIM = 8
 _INIT_STD = 0.2  # large, so that a wrong layout shows in the logits of a model this small
 _BYTES_PER_RANK = 600 * 10**6  # what a rank's imports take, measured
+_RAMP_UP = "--rampup-batch-size"
 _RESUME_TOLERANCE = 1e-5  # relative; a run that goes on computes the same numbers again
 
 
@@ -123,6 +126,9 @@ def shrink(recipe: PretrainRecipe, *, world_size: int, output_dir: Path) -> Rehe
         changes.append("attention flash_attention_2 -> sdpa (a CPU has no flash-attn)")
     if recipe.checkpoint.initial_checkpoint_dir is not None:
         changes.append("weights of --initial_checkpoint_dir -> random ones (they are of the full size)")
+    further = pass_through.without(parallel.megatron_arguments, _RAMP_UP)
+    if further != shlex.join(pass_through.words(parallel.megatron_arguments)):
+        changes.append(f"{_RAMP_UP} of --megatron_arguments -> none (it begins with more than the small batch)")
     batch = data * 2  # two accumulation steps: sums over micro batches are rehearsed, too
     tokens_per_step = batch * shape["sequence_length"]
     changes.append(f"{_STEPS} steps of {tokens_per_step} tokens, saved every {_SAVE_INTERVAL}")
@@ -145,6 +151,7 @@ def shrink(recipe: PretrainRecipe, *, world_size: int, output_dir: Path) -> Rehe
             data_parallel_size=data,
             attention=attention,
             torch_compile=False,
+            megatron_arguments=further,
         ),
         checkpoint=dataclasses.replace(
             recipe.checkpoint,

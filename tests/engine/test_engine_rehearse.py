@@ -128,6 +128,15 @@ def test_a_file_where_the_folder_belongs_is_told(tmp_path: Path) -> None:
         rehearse.rehearse(recipe(engine="transformers", output_model_dir=tmp_path))
 
 
+def test_a_batch_that_ramps_up_does_not_in_a_rehearsal() -> None:
+    chosen = recipe(megatron_arguments="--rampup-batch-size 32 32 1000000 --log-world-size-to-tensorboard")
+    made = rehearse.shrink(chosen, world_size=2, output_dir=Path("/scratch"))
+    assert made.recipe.parallel.megatron_arguments == "--log-world-size-to-tensorboard"
+    assert any(change.startswith("--rampup-batch-size") for change in made.changes)
+    made = rehearse.shrink(recipe(), world_size=2, output_dir=Path("/scratch"))
+    assert not any("rampup" in change for change in made.changes) and not made.recipe.parallel.megatron_arguments
+
+
 def test_the_full_size_is_checked_before_the_small_one_runs() -> None:
     unfit = recipe("mistral_0.3B", tensor_parallel_size=16, engine="megatron-deepspeed", data_parallel_size=1)
     assert any(

@@ -42,12 +42,23 @@ def known_flags(checkout: Path) -> frozenset[str]:
 
 def words(text: str, rendered: Sequence[str] = ()) -> tuple[str, ...]:
     """The text of `--megatron_arguments` cut as a shell cuts it, without what the loaded checkpoint decides."""
-    given = shlex.split(text)
-    if _OF_A_CHECKPOINT in rendered:
-        places = [place for place, word in enumerate(given) if word.partition("=")[0] == _OF_A_CHECKPOINT]
-        for place in reversed(places):
-            del given[place : place + (1 if "=" in given[place] else 2)]
-    return tuple(given)
+    given = tuple(shlex.split(text))
+    return _without(given, _OF_A_CHECKPOINT) if _OF_A_CHECKPOINT in rendered else given
+
+
+def without(text: str, flag: str) -> str:
+    """The text of `--megatron_arguments` without a flag and its values."""
+    return shlex.join(_without(words(text), flag))
+
+
+def _without(given: Sequence[str], flag: str) -> tuple[str, ...]:
+    kept, drops = [], False
+    for word in given:
+        if word.startswith("--"):
+            drops = word.partition("=")[0] == flag
+        if not drops:
+            kept.append(word)
+    return tuple(kept)
 
 
 def problems(text: str, rendered: Sequence[str], known: Collection[str]) -> list[str]:
