@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -179,7 +180,18 @@ def test_other_versions_that_are_installed_are_named(repository: Path) -> None:
     assert "Other versions" not in checkout.why_missing()  # its helpers are not built
     helpers_build.build_helpers(checkout.folder_for(commit))
     told = checkout.why_missing()
-    assert told.endswith(f"MEGATRON_DEEPSPEED_DIR={checkout.folder_for(commit)} takes one.")
+    named = shlex.quote(str(checkout.folder_for(commit)))
+    assert told.endswith(f"MEGATRON_DEEPSPEED_DIR={named} takes one.")
+
+
+def test_a_variable_that_names_nothing_is_to_be_unset(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(checkout.DIRECTORY_VARIABLE, "/nowhere")
+    told = checkout.why_missing()
+    assert "no such folder; run scripts/" in told and told.endswith("and unset MEGATRON_DEEPSPEED_DIR.")
+    monkeypatch.setattr(checkout, "PINNED_COMMIT", git(repository, "rev-parse", "v1"))
+    helpers_build.build_helpers(clone_first(repository))
+    told = checkout.why_missing()
+    assert told.endswith("there is no such folder; unset MEGATRON_DEEPSPEED_DIR to take the installed one.")
 
 
 def test_a_checkout_elsewhere_wins(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -337,7 +337,7 @@ def test_on_cuda_flash_attn_is_needed_only_when_asked_for(monkeypatch: pytest.Mo
 def test_missing_checkout_is_refused_with_the_installer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(checkout.DIRECTORY_VARIABLE, str(tmp_path / "nowhere"))
     chosen = dataclasses.replace(recipe(), dry_run=True)
-    with pytest.raises(UserError, match=r"nowhere \(MEGATRON_DEEPSPEED_DIR names it\): there is no such folder; run"):
+    with pytest.raises(UserError, match=r"nowhere \(MEGATRON_DEEPSPEED_DIR names it\): there is no such folder; "):
         prepare.prepare(chosen, allocation(1), RUN_FOLDER)
 
 

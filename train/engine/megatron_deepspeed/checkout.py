@@ -14,6 +14,7 @@ import hashlib
 import importlib.machinery
 import os
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,9 +90,16 @@ def why_missing() -> str:
     lacks = _lacks(path)
     if not lacks:
         return ""
-    others = sorted(str(folder) for folder in cache_dir().glob("[!.]*") if not _lacks(folder))
+    whole = [folder for folder in cache_dir().glob("[!.]*") if not _lacks(folder)]
+    others = [shlex.quote(str(folder)) for folder in sorted(whole) if folder != folder_for(PINNED_COMMIT)]
     choose = f" Other versions are installed: {DIRECTORY_VARIABLE}={' or '.join(others)} takes one." if others else ""
-    return f"no Megatron-DeepSpeed in {path} ({reason}): {lacks}; run {INSTALL_COMMAND}.{choose}"
+    if DIRECTORY_VARIABLE not in os.environ:
+        mend = f"run {INSTALL_COMMAND}."
+    elif folder_for(PINNED_COMMIT) in whole:
+        mend = f"unset {DIRECTORY_VARIABLE} to take the installed one."
+    else:
+        mend = f"run {INSTALL_COMMAND} and unset {DIRECTORY_VARIABLE}."
+    return f"no Megatron-DeepSpeed in {path} ({reason}): {lacks}; {mend}{choose}"
 
 
 def helpers_file(path: Path) -> Path:
