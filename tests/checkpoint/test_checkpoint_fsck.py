@@ -243,7 +243,7 @@ def test_an_optimizer_that_is_not_there_is_found(upstream: Path) -> None:
 
 
 def test_a_checkpoint_to_begin_with_holds_weights_only(
-    make_checkpoint: Any, tokenizer_file: Path, tmp_path: Path
+    make_checkpoint: Any, tokenizer_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from train.checkpoint.megatron.import_huggingface import ImportSettings, import_model
 
@@ -254,6 +254,8 @@ def test_a_checkpoint_to_begin_with_holds_weights_only(
     assert findings.problems == ()
     assert [ability.possible for ability in findings.abilities] == [False, False, True]
     assert "--initial_checkpoint_dir" in findings.abilities[0].reason
+    assert run("--input_model_dir", str(tmp_path / "out")) == 0
+    assert "the same command goes on" not in capsys.readouterr().out
 
 
 def test_what_upstream_alone_has_saved_is_glanced_at_before_a_run_goes_on(upstream: Path) -> None:
@@ -357,6 +359,20 @@ def test_what_is_no_checkpoint_is_said_to_be_none(tmp_path: Path, capsys: pytest
         assert message in capsys.readouterr().err
     with pytest.raises(UserError, match="cannot be read"):
         check.check_folder(tmp_path / "file")
+
+
+def test_a_model_to_be_published_is_no_damaged_checkpoint(make_checkpoint: Any) -> None:
+    folder = make_checkpoint()
+    for name in ("optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth", checkpoint_files.FILES):
+        (folder / name).unlink(missing_ok=True)
+    with pytest.raises(UserError, match=r"is a Hugging Face model and no checkpoint.* checked by .*verify_model\.py"):
+        check.check_folder(folder)
+
+
+def test_counts_that_are_none_are_found(tmp_path: Path) -> None:
+    arguments = argparse.Namespace(num_layers=2)
+    torch.save({"args": arguments, "global_steps": "many"}, tmp_path / "mp_rank_00_model_states.pt")
+    assert "says that it is of step 'many', of 1 ranks: it is damaged" in problems(tmp_path)[0]
 
 
 def test_checkpoints_of_the_transformers_engine(make_checkpoint: Any) -> None:

@@ -40,7 +40,8 @@ def check(settings: CheckSettings) -> None:
     """
     folders = _folders(settings.input_model_dir)
     found = {folder: check_folder(folder) for folder in folders}
-    job = _job(settings.input_model_dir) if folders != [settings.input_model_dir] else []
+    to_begin_with = all(folder.name == "global_step0" for folder in folders)  # an import, which no run goes on from
+    job = _job(settings.input_model_dir) if not to_begin_with and folders != [settings.input_model_dir] else []
     if settings.json:
         print(json.dumps({"checkpoints": [_plain(*item) for item in found.items()], "job": job}, indent=2))
     else:
@@ -73,6 +74,7 @@ def check_folder(folder: Path) -> Findings:
     else:
         if checkpoint_files.FILES not in names:
             kind.detect(folder)  # says what is missing
+            _refuse_model_only(folder, names)
         from train.checkpoint.transformers import fsck as transformers_fsck
 
         findings = transformers_fsck.inspect(folder)
@@ -86,6 +88,15 @@ def check_folder(folder: Path) -> Findings:
     problems = (*damage, *(problem for problem in findings.problems if not _told(problem, damage)))
     abilities = tuple(_if_whole(ability, problems) for ability in findings.abilities)
     return replace(findings, problems=problems, notes=tuple(notes), abilities=abilities)
+
+
+def _refuse_model_only(folder: Path, names: list[str]) -> None:
+    """A folder to be published holds nothing of a training: not a damaged checkpoint, but none."""
+    if not any(_OPTIMIZER_FILE.fullmatch(name) or name.startswith("global_step") for name in names):
+        raise UserError(
+            f"{folder} is a Hugging Face model and no checkpoint: it holds no state of a training. What step 3 or 4"
+            " made is checked by scripts/step3_upload_pretrained_model/verify_model.py."
+        )
 
 
 def _told(problem: str, damage: list[str]) -> bool:

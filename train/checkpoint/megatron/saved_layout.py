@@ -114,8 +114,11 @@ def read_layout(folder: Path) -> SavedLayout:
         isinstance(getattr(arguments, s, 0), int) for s in sizes
     ):
         raise UserError(f"{first} does not hold the run's arguments: it was not written by Megatron-DeepSpeed.")
+    counted = [state.get("global_steps", state.get("iteration", 0)), state.get("dp_world_size") or 1]
+    if not all(isinstance(number, int) and number >= 0 for number in counted):
+        raise UserError(f"{first} says that it is of step {counted[0]!r}, of {counted[1]!r} ranks: it is damaged.")
     names = [file.name for file in folder.iterdir()]
-    step, zero_stage = int(state.get("global_steps", state.get("iteration", 0))), _zero_stage(state, names)
+    step, zero_stage = counted[0], _zero_stage(state, names)
     return SavedLayout(
         folder=folder,
         arguments=arguments,
