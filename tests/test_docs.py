@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from train.engine.megatron_deepspeed.checkout import find_checkout
+from train.engine.megatron_deepspeed.patches import all_patches
 
 ROOT = Path(__file__).resolve().parent.parent
 # In the order in which a reader goes through them: a page uses what the page before it made.
@@ -93,6 +94,12 @@ def test_every_link_leads_somewhere(document):
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8")):
         if not target.startswith("http"):
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_patches_are_listed_in_the_order_in_which_they_are_applied():
+    text = (ROOT / "docs" / "megatron_deepspeed.md").read_text(encoding="utf-8").partition("## Patches")[2]
+    listed = re.findall(r"^\| `([\w-]+)` \|", text.partition("\n## ")[0], re.MULTILINE)
+    assert listed == [patch.name for patch in all_patches()]
 
 
 def test_both_readmes_say_the_same():
