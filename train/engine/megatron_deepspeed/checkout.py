@@ -96,7 +96,7 @@ def why_missing() -> str:
     if DIRECTORY_VARIABLE not in os.environ:
         mend = f"run {INSTALL_COMMAND}."
     elif folder_for(PINNED_COMMIT) in whole:
-        mend = f"unset {DIRECTORY_VARIABLE} to take the installed one."
+        mend = f"unset {DIRECTORY_VARIABLE} to take the one that {INSTALL_COMMAND} installed."
     else:
         mend = f"run {INSTALL_COMMAND} and unset {DIRECTORY_VARIABLE}."
     return f"no Megatron-DeepSpeed in {path} ({reason}): {lacks}; {mend}{choose}"
