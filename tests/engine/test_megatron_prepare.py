@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import itertools
 import json
@@ -212,6 +213,29 @@ def test_how_the_vocabulary_is_padded_is_the_checkpoints_when_a_run_goes_on(smal
 def test_what_further_arguments_cannot_say_is_refused(words: str, rendered: tuple[str, ...], message: str) -> None:
     found = prepare.pass_through.problems(words, rendered, {"--reset-attention-mask"})
     assert bool(found) == bool(message) and all(message in problem for problem in found)
+
+
+def test_a_single_dash_is_no_flag_but_a_number_may_have_one() -> None:
+    found = prepare.pass_through.problems("--swiglu -h --hysteresis -3 -1e-5", [], {"--swiglu", "--hysteresis"})
+    assert found == ["--megatron_arguments: -h is no flag of a training; flags begin with two dashes."]
+
+
+def test_what_upstream_says_against_values_is_told() -> None:
+    told = prepare.pass_through.refusals_told
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--exit-interval", type=int)
+    with pytest.raises(UserError, match="says: argument --exit-interval: invalid int value: 'five'; change"), told("x"):
+        parser.parse_args(["--exit-interval", "five"])
+    with pytest.raises(SystemExit), told(""):  # nothing was passed on: not the user's doing
+        parser.parse_args(["--exit-interval", "five"])
+    for name, text, error in (
+        ("arguments", "x", UserError),
+        ("arguments", "", AssertionError),
+        ("model", "x", AssertionError),
+    ):
+        code = compile("assert 1 == 2, 'expected start batch size to be at least 1'", f"/m/megatron/{name}.py", "exec")
+        with pytest.raises(error, match="expected start batch size"), told(text):
+            exec(code, {})
 
 
 def test_unbalanced_quotes_in_further_arguments_are_refused() -> None:

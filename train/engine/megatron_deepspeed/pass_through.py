@@ -7,11 +7,17 @@ A flag that a recipe already renders is refused: one number, stated in one place
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import difflib
 import re
 import shlex
-from collections.abc import Collection, Sequence
+import traceback
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
+
+from train.errors import UserError
 
 # What a checkpoint decides as soon as there is one; further arguments say it for the beginning of a run.
 _OF_A_CHECKPOINT = "--make-vocab-size-divisible-by"
@@ -30,6 +36,7 @@ _SETTINGS = {
     "--finetune": "--initial_checkpoint_dir",
     "--universal-checkpoint": "other sizes, and start the run again",
 }
+_CHECKING_FILES = ("arguments.py", "microbatches.py")  # where upstream asserts that its arguments fit each other
 _FLAG = re.compile(r"""add_argument\(\s*((?:['"]--?[\w-]+['"]\s*,?\s*)+)""")
 
 
@@ -73,6 +80,8 @@ def problems(text: str, rendered: Sequence[str], known: Collection[str]) -> list
     given = words(text, rendered)
     if given and not given[0].startswith("--"):
         found.append(f"--megatron_arguments {text!r}: {given[0]!r} is no flag; start with one, such as --swiglu.")
+    short = [word for word in given if re.fullmatch(r"-[^-].*", word) and not _is_number(word)]
+    found += [f"--megatron_arguments: {word} is no flag of a training; flags begin with two dashes." for word in short]
     taken = {word for word in rendered if word.startswith("--")}
     for flag in (word.partition("=")[0] for word in given if word.startswith("--")):
         if flag in taken:
@@ -89,3 +98,40 @@ def problems(text: str, rendered: Sequence[str], known: Collection[str]) -> list
             " attention, which both know one mask only; add --no_pipeline_parallel, and on GPUs --attention eager."
         )
     return found
+
+
+@contextlib.contextmanager
+def refusals_told(text: str) -> Iterator[None]:
+    """Tells what upstream itself says against the values of further arguments, in place of its traceback.
+
+    Args:
+        text: what `--megatron_arguments` was given; without any a refusal is a mistake of this project's.
+
+    Raises:
+        UserError: upstream's parser, or a check of its own, refused them.
+    """
+
+    def error(_parser: argparse.ArgumentParser, message: str) -> NoReturn:
+        raise UserError(f"--megatron_arguments {text!r}: Megatron-DeepSpeed says: {message}; change them.")
+
+    former = argparse.ArgumentParser.error
+    try:
+        if text:
+            argparse.ArgumentParser.error = error  # type: ignore[method-assign, assignment]
+        yield
+    except AssertionError as refusal:
+        place = traceback.extract_tb(refusal.__traceback__)[-1]
+        if not text or Path(place.filename).name not in _CHECKING_FILES:
+            raise
+        said = str(refusal) or place.line or "an assertion failed"
+        raise UserError(f"--megatron_arguments {text!r}: Megatron-DeepSpeed says: {said}; change them.") from None
+    finally:
+        argparse.ArgumentParser.error = former  # type: ignore[method-assign]
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True

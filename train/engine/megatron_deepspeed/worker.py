@@ -18,7 +18,7 @@ from pathlib import Path
 
 from train import outcome, settings
 from train.deepspeed_ops import quote_library_path
-from train.engine.megatron_deepspeed import patches
+from train.engine.megatron_deepspeed import pass_through, patches
 from train.errors import UserError
 from train.monitor import wandb_run
 from train.recipe import PretrainRecipe
@@ -62,7 +62,8 @@ def _pretrain_watched(
         forced=patches.forced_names(os.environ),
         watch=None if watched is None else lambda step, numbers: watched.log(dict(numbers), step=step),
     )
-    pretrain(run, arguments, leads=leads)
+    with pass_through.refusals_told(recipe.parallel.megatron_arguments):
+        pretrain(run, arguments, leads=leads)
     if watched is not None:
         watched.finish()
 
