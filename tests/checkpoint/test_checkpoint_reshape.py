@@ -158,6 +158,14 @@ def test_what_cannot_be_reshaped_says_why(step_dir: Path, changes: dict[str, Any
     assert re.search(reason, found)
 
 
+def test_an_optimizer_state_without_places_is_told(step_dir: Path) -> None:
+    file = step_dir / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    torch.save({"optimizer_state_dict": {}}, file)
+    with pytest.raises(UserError, match=f"{file.name} does not say where its parameters lie"):
+        universal.convert(step_dir, step_dir.with_name("u"), source="x")
+    assert not step_dir.with_name("u").exists()
+
+
 def test_a_refusal_names_checkpoint_and_both_layouts(plain_dir: Path) -> None:
     with pytest.raises(
         UserError, match=r"was saved in TP 2 x PP 2 x DP 1, ZeRO 0 and cannot go on in TP 1 x PP 1 x DP 1"
