@@ -62,8 +62,8 @@ class DiskNeed:
         if self.count * self.size <= self.free:
             return ""
         return (
-            f"{self.folder} has {self.free / 1e9:,.1f} GB free, and this run writes {self.count:,} checkpoints of"
-            f" {self.size / 1e9:,.1f} GB = {self.count * self.size / 1e9:,.1f} GB: keep fewer (--keep_last), save less"
+            f"{self.folder} has {_size(self.free)} free, and this run writes {self.count:,} checkpoints of"
+            f" {_size(self.size)} = {_size(self.count * self.size)}: keep fewer (--keep_last), save less"
             " often (--save_interval), or take another --output_model_dir."
         )
 
@@ -84,3 +84,7 @@ def disk_need(recipe: PretrainRecipe, *, vocab_rows: int, folder: Path, steps_do
         size=checkpoint_bytes(recipe, vocab_rows=vocab_rows),
         count=min(to_come, keep_last + 1) if keep_last else to_come,
     )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 10**9 else f"{count / 1e6:,.1f} MB"

@@ -324,6 +324,12 @@ def test_query_key_and_value_in_the_order_of_another_version_are_refused(
     assert len(caught.value.problems) == 1
 
 
+def test_a_folder_that_is_not_imported_yet_is_told(tmp_path: Path, tokenizer_file: Path) -> None:
+    make_folder(tmp_path / "megatron", "llama", vocab_size=380)
+    with pytest.raises(UserError, match=r"is a Hugging Face model: make a checkpoint of it first, by .*deepspeed\.sh"):
+        prepare_initial(recipe(tmp_path, tokenizer_file), PINNED_COMMIT)
+
+
 def test_too_few_rows_for_the_engines_vocabulary_are_refused(tmp_path: Path, tokenizer_file: Path) -> None:
     folder = make_folder(tmp_path / "hf", "llama", vocab_size=380)
     run_import(folder, tmp_path / "megatron", (2, 1, False), make_vocab_size_divisible_by=10)

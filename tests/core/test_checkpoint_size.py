@@ -77,6 +77,7 @@ def test_the_disk_must_hold_what_is_still_written(
         monkeypatch.setattr(checkpoint_size.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
         return disk_need(chosen, vocab_rows=50, folder=tmp_path / "not" / "there", steps_done=steps_done)
 
+    assert f"has {(size - 1) / 1e6:,.1f} MB free, and" in need(size - 1).text  # not 0.0 GB
     assert need(count * size).text == "" and not need(count * size).is_hopeless
     assert f"this run writes {count} checkpoints of" in need(count * size - 1).text
     assert need(count * size - 1).is_hopeless == (count < 3)

@@ -47,6 +47,11 @@ def prepare_initial(recipe: PretrainRecipe, engine_commit: str | None) -> Load:
     if not given.is_dir():
         raise UserError(f"--initial_checkpoint_dir {given} is not a folder: name a checkpoint, or what holds it.")
     folder, _ = kind.resolve(given)
+    if (folder / "config.json").is_file():
+        raise UserError(
+            f"--initial_checkpoint_dir {given} is a Hugging Face model: make a checkpoint of it first, by"
+            " scripts/step2_pretrain_model/convert_huggingface_model_to_megatron_deepspeed.sh."
+        )
     if (folder / checkpoint_files.FILES).is_file():  # upstream alone writes no list
         damage = checkpoint_files.damage(folder, contents=resume.is_read_whole(folder))
         refuse(
