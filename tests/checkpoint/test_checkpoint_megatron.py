@@ -308,3 +308,12 @@ def test_a_real_checkpoint_of_an_unknown_commit_is_proven(tmp_path: Path, monkey
     monkeypatch.setattr(qkv_layout, "_BY_COMMIT", {})
     result = run_export(REAL_CHECKPOINT, tmp_path / "hf", vocab_size=120, length=32)
     assert "order per head (proven by golden logits" in result.source
+
+
+def test_a_checkpoint_of_the_other_engine_under_zero_is_no_job_folder(tmp_path: Path) -> None:
+    step_dir = tmp_path / "global_step4"
+    (step_dir / "global_step4").mkdir(parents=True)  # DeepSpeed's own, with a `latest` beside it
+    (step_dir / "latest").write_text("global_step4")
+    (step_dir / "model.safetensors").touch()
+    (tmp_path / "latest").write_text("global_step4")
+    assert kind.resolve(step_dir)[0] == kind.resolve(tmp_path)[0] == step_dir

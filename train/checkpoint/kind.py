@@ -46,6 +46,8 @@ def resolve(folder: Path) -> tuple[Path, str]:
     if not folder.is_dir():
         wrong = "is a file" if folder.exists() else "does not exist"
         raise UserError(f"--input_model_dir {folder} {wrong}: name a checkpoint (.../global_stepN) or its job folder.")
+    if any(folder.glob("*.safetensors")):  # under ZeRO the transformers engine has a global_stepN and `latest` inside
+        return folder, f"checkpoint {folder}"
     latest = folder / "latest"
     steps = [path for _, path in whole_checkpoints(folder)]
     if not latest.is_file():
