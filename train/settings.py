@@ -18,10 +18,9 @@ import argparse
 import dataclasses
 import difflib
 import math
-import re
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -116,7 +115,7 @@ def parse(
         parser.add_argument("--recipe", help=f"YAML file, or one of: {known}. Flags win over it")
     for leaf in leaves.values():
         leaf.add_to(parser)
-    flags, unknown = parser.parse_known_args([_underscored(word) for word in argv])
+    flags, unknown = parser.parse_known_args([_underscored(word, {*leaves, "recipe", "help"}) for word in argv])
     refuse(_stray_words(unknown, [*leaves, "recipe", "help"]))
 
     given: dict[str, Any] = {}
@@ -271,12 +270,11 @@ def _alternatives(kind: Any) -> tuple[Any, ...]:
     return (kind,)
 
 
-def _underscored(word: str) -> str:
-    """`--dry-run` and `--dry_run` are the same flag; a value with spaces that begins with dashes is none."""
+def _underscored(word: str, flags: Collection[str]) -> str:
+    """`--dry-run` and `--dry_run` are the same flag; a value that begins with dashes is none."""
     name, equals, value = word.partition("=")
-    if not re.fullmatch(r"--[A-Za-z][\w-]*", name):
-        return word
-    return "--" + name[2:].replace("-", "_") + equals + value
+    own = name[2:].replace("-", "_")
+    return f"--{own}{equals}{value}" if name.startswith("--") and own in flags else word
 
 
 def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:

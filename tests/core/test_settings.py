@@ -143,3 +143,10 @@ def test_help_shows_defaults_choices_and_what_is_required(capsys):
     assert "width in cells [default: 4]" in shown
     assert "its kind (round, square) [default: round]" in shown
     assert "files [required]" in shown
+
+
+def test_a_value_that_looks_like_a_flag_keeps_its_dashes() -> None:
+    assert settings._underscored("--make-vocab-size-divisible-by=64 --x", {"dry_run"}) == (
+        "--make-vocab-size-divisible-by=64 --x"
+    )
+    assert settings._underscored("--dry-run=a-b", {"dry_run"}) == "--dry_run=a-b"

@@ -21,6 +21,7 @@ from train.run_folder import of_checkpoint
 
 _BY_COMMIT = {
     "6acc370a41440098031227e881bd9f1f23aa369e": PER_HEAD,
+    "1c68b0e71237e6d9734881ed6b99beae66d048cf": PER_HEAD,  # the seeds' fork, ucllm_nedo_v20240415.1.0
     "4efb479d5317ce9b86096b9d8e3e8030b0b5263b": PER_RANK,
 }
 ORDER = "query_key_value_order"  # our own argument, in an imported checkpoint
