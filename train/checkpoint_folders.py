@@ -29,6 +29,14 @@ def whole_checkpoints(checkpoint_dir: Path) -> Iterator[tuple[int, Path]]:
     yield from sorted((int(match[1]), folder) for match, folder in found if match)
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint itself and no job's folder, though it holds a `latest` and a `global_stepN`.
+
+    Under ZeRO the transformers engine has both inside its checkpoints.
+    """
+    return any(folder.glob("*.safetensors"))
+
+
 def publish(unfinished: Path, final: Path, sums: Mapping[str, str] | None = None) -> None:
     """Renames a written checkpoint to its name and points `latest` at it; one that is there already gives way.
 

@@ -1,6 +1,6 @@
 """How many parameters a recipe's model has, how large its checkpoints get, and whether the disk has room for them.
 
-refuse(disk_problems(recipe, vocab_rows=32_000, folder=output_model_dir))
+need = disk_need(recipe, vocab_rows=32_000, folder=output_model_dir)
 """
 
 from __future__ import annotations

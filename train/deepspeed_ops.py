@@ -13,12 +13,17 @@ from pathlib import Path
 _SHARED_MEMORY_OP = "deepspeed_shm_comm"
 
 
-def init_distributed() -> None:
-    """Starts DeepSpeed's process group on CPUs, which transformers leaves out with `use_cpu`."""
+def prepare_rank(device: str) -> None:
+    """What a rank does before transformers starts DeepSpeed in it: after the training arguments, before the model.
+
+    On CPUs that is the process group, too, which transformers leaves out with `use_cpu`.
+    """
     import deepspeed
 
-    leave_out_shared_memory_op()
-    deepspeed.init_distributed(dist_backend="gloo")
+    quote_library_path()
+    if device == "cpu":
+        leave_out_shared_memory_op()
+        deepspeed.init_distributed(dist_backend="gloo")
 
 
 def leave_out_shared_memory_op() -> bool:

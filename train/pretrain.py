@@ -69,8 +69,7 @@ def pretrain(recipe: PretrainRecipe) -> int:
         _announce(recipe, engine, reason, allocation, run_folder)
         _describe_blend(parts, recipe.training.train_tokens)
         vocab_rows = _vocab_rows(recipe, engine, command.argv)
-        done = 0 if recipe.overwrite else run_folder.latest_step() or 0
-        _check_disk(disk_need(recipe, vocab_rows=vocab_rows, folder=run_folder.root, steps_done=done))
+        _check_disk(disk_need(recipe, vocab_rows=vocab_rows, folder=run_folder.root, steps_done=start))
         remove_stale_locks(run_folder.extensions_dir)
         if recipe.overwrite:
             _remove(run_folder)

@@ -19,7 +19,7 @@ from typing import Any
 
 from train.errors import refuse
 from train.model_sizes import MODEL_SIZES
-from train.settings import Count, section, setting
+from train.settings import Count, is_number, section, setting
 
 
 @dataclass(frozen=True)
@@ -285,7 +285,7 @@ class PretrainRecipe:
         data = dataclasses.replace(
             self.data,
             input_tokenizer_file=self.data.input_tokenizer_file.absolute(),
-            data_path=tuple(word if _is_number(word) else str(Path(word).absolute()) for word in self.data.data_path),
+            data_path=tuple(word if is_number(word) else str(Path(word).absolute()) for word in self.data.data_path),
         )
         checkpoint = dataclasses.replace(
             self.checkpoint,
@@ -343,14 +343,6 @@ class PretrainRecipe:
             yield "--num_key_value_heads: GPT-2 has one per query head; choose --architecture llama or mistral for GQA."
         if model.architecture == "gpt2" and not model.tie_word_embeddings:
             yield "--tie_word_embeddings False: a GPT-2 folder ties them; choose --architecture llama or mistral."
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
 
 
 def _short(tokens: int) -> str:

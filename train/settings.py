@@ -74,6 +74,15 @@ def count(text: Any) -> Any:
     return round(value) if abs(value - round(value)) < 1e-6 else text
 
 
+def is_number(word: str) -> bool:
+    """Whether a word of the command line is a number."""
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
 class _Count:
     """Lets pydantic read `Count` fields through `count()`, without importing it before settings are built."""
 

@@ -15,7 +15,8 @@ from typing import Any
 from train import checkpoint_files, outputs
 from train.checkpoint import kind
 from train.checkpoint.findings import Ability, Findings
-from train.checkpoint_folders import whole_checkpoints
+from train.checkpoint.megatron.saved_layout import WEIGHT_FILES
+from train.checkpoint_folders import is_checkpoint, whole_checkpoints
 from train.errors import UserError, VerificationError
 from train.settings import setting
 
@@ -66,7 +67,7 @@ def check_folder(folder: Path) -> Findings:
         names = [file.name for file in folder.iterdir()]
     except OSError as error:
         raise UserError(f"{folder} cannot be read ({error.strerror}): change its permissions.") from None
-    if any(re.fullmatch(r"mp_rank_\d+_model_states\.pt|layer_\d+-model_\d+-model_states\.pt", name) for name in names):
+    if any(form.fullmatch(name) for form in WEIGHT_FILES for name in names):
         from train.checkpoint.megatron import fsck
 
         findings = fsck.inspect(folder)
@@ -122,8 +123,7 @@ def _folders(given: Path) -> list[Path]:
     if outputs.is_unfinished(given):
         raise UserError(f"{given} is half-written: choose a whole checkpoint, or let the run save again.")
     steps = [folder for _, folder in whole_checkpoints(given)]
-    # the transformers engine under ZeRO has a global_stepN folder inside its checkpoint
-    return [given] if not steps or any(given.glob("*.safetensors")) else steps
+    return [given] if not steps or is_checkpoint(given) else steps
 
 
 def _job(job_dir: Path) -> list[str]:

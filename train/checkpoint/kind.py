@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train import outputs
-from train.checkpoint_folders import GOLDEN_LOGITS, whole_checkpoints
+from train.checkpoint_folders import GOLDEN_LOGITS, is_checkpoint, whole_checkpoints
 from train.errors import UserError
 
 TRANSFORMERS = "transformers"
@@ -46,7 +46,7 @@ def resolve(folder: Path) -> tuple[Path, str]:
     if not folder.is_dir():
         wrong = "is a file" if folder.exists() else "does not exist"
         raise UserError(f"--input_model_dir {folder} {wrong}: name a checkpoint (.../global_stepN) or its job folder.")
-    if any(folder.glob("*.safetensors")):  # under ZeRO the transformers engine has a global_stepN and `latest` inside
+    if is_checkpoint(folder):
         return folder, f"checkpoint {folder}"
     latest = folder / "latest"
     steps = [path for _, path in whole_checkpoints(folder)]

@@ -53,9 +53,7 @@ def train(plan: Plan, folder: FinetuneFolder) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' affair: hundreds under DeepSpeed
     arguments = training_arguments(plan, folder)
     if plan.deepspeed_config is not None:
-        deepspeed_ops.quote_library_path()
-    if plan.deepspeed_config is not None and plan.device == "cpu":
-        deepspeed_ops.init_distributed()  # after the arguments and before the model
+        deepspeed_ops.prepare_rank(plan.device)
     tokenizer = AutoTokenizer.from_pretrained(folder.tokenizer_dir, local_files_only=True)
     special_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model = load_model(plan, tokenizer)

@@ -8,7 +8,6 @@ Weights only: the optimizer, the learning rate's schedule and the order of the d
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from train import checkpoint_files, resume
 from train.checkpoint import kind
@@ -115,10 +114,6 @@ def _layout_problems(recipe: PretrainRecipe, checkpoint: MegatronCheckpoint) -> 
     if saved.has_pipeline_module == parallel.no_pipeline_parallel:
         form = "is" if saved.has_pipeline_module else "is not"
         yield f"its form {form} that of the pipeline module, --no_pipeline_parallel says otherwise: {again}."
-    needed, rows = _tokenizer_size(recipe.data.input_tokenizer_file), saved.padded_vocab_size or 0
+    needed, rows = vocabulary.engine_vocab_size(recipe.data.input_tokenizer_file), saved.padded_vocab_size or 0
     if needed > rows:
         yield f"it has {rows} vocabulary rows, the engine needs {needed} for --input_tokenizer_file: {again}."
-
-
-def _tokenizer_size(file: Path) -> int:
-    return vocabulary.engine_vocab_size(file)

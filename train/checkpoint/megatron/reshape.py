@@ -10,15 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train import checkpoint_files
-from train.checkpoint.megatron import qkv_layout, universal
+from train.checkpoint.megatron import qkv_layout, universal, vocabulary
 from train.checkpoint.megatron.merge import PER_HEAD
 from train.checkpoint.megatron.saved_layout import SavedLayout, read_layout
 from train.checkpoint_folders import universal_dir
 from train.errors import UserError, refuse
 from train.run_folder import Load
-
-_PADDED_TO = 128  # upstream's default of --make-vocab-size-divisible-by
-SOURCE = "source.txt"  # in a universal checkpoint: the checksum of the list of files that it was made from
 
 
 @dataclass(frozen=True)
@@ -116,8 +113,8 @@ def vocabulary_divisor(layout: SavedLayout, tensor_parallel_size: int) -> int | 
     so that with other padding the loss would jump.
     """
     rows, saved = layout.padded_vocab_size, layout.tensor_parallel_size
-    divisor = int(getattr(layout.arguments, "make_vocab_size_divisible_by", _PADDED_TO))
-    if rows is None or rows % tensor_parallel_size or (tensor_parallel_size == saved and divisor == _PADDED_TO):
+    divisor = int(getattr(layout.arguments, "make_vocab_size_divisible_by", vocabulary.DIVISOR))
+    if rows is None or rows % tensor_parallel_size or (tensor_parallel_size == saved and divisor == vocabulary.DIVISOR):
         return None
     # one multiple of all rows: right for any vocabulary of no more than these
     return rows // tensor_parallel_size
@@ -139,5 +136,5 @@ def _list_checksum(step_dir: Path) -> str:
 
 
 def _source(folder: Path) -> str | None:
-    file = folder / SOURCE
+    file = folder / universal.SOURCE
     return file.read_text(encoding="utf-8") if file.is_file() else None

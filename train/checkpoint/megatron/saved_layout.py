@@ -16,11 +16,12 @@ from typing import Any
 from train.checkpoint.megatron import reader
 from train.errors import UserError
 
-FILE_PATTERNS = (
+WEIGHT_FILES = (
     re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt"),
     re.compile(r"mp_rank_(\d+)_model_states\.pt"),
-    re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt"),
 )
+OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+FILE_PATTERNS = (*WEIGHT_FILES, OPTIMIZER_FILE)
 
 
 @dataclass(frozen=True)
@@ -139,4 +140,4 @@ def _zero_stage(state: Mapping[str, Any], names: list[str]) -> int:
     stage = config.get("zero_optimization", {}).get("stage") if isinstance(config, Mapping) else None
     if isinstance(stage, int):
         return stage
-    return int(any(FILE_PATTERNS[2].fullmatch(name) for name in names))
+    return int(any(OPTIMIZER_FILE.fullmatch(name) for name in names))

@@ -31,6 +31,7 @@ from train.errors import UserError, VerificationError
 if TYPE_CHECKING:
     from torch import Tensor
 
+SOURCE = "source.txt"  # what it was made from, as the caller tells it
 _STATES = ("fp32", "exp_avg", "exp_avg_sq")
 # What DeepSpeed's own converter leaves out of the state that all ranks share, as it is cut per rank.
 _PER_RANK = ("base_optimizer_state", "param_slice_mappings", "single_partition_of_fp32_groups", "loss_scaler")
@@ -67,7 +68,7 @@ def convert(step_dir: Path, universal_dir: Path, *, source: str) -> None:
         for rank in range(layout.model_ranks):
             file = layout.model_file(rank)
             shutil.copyfile(step_dir / file, folder / file)
-        (folder / "source.txt").write_text(source, encoding="utf-8")
+        (folder / SOURCE).write_text(source, encoding="utf-8")
 
 
 def _holders(

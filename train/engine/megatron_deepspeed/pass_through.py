@@ -1,6 +1,7 @@
 """`--megatron_arguments`: any further flag of upstream's pretrain_gpt.py, checked against upstream's own list.
 
-    words, problems = further_arguments("--rampup-batch-size 4 4 100", rendered, checkout_path)
+    refuse(problems("--rampup-batch-size 4 4 100", rendered, known_flags(checkout)))
+    arguments = rendered + words("--rampup-batch-size 4 4 100", rendered)
 
 A flag that a recipe already renders is refused: one number, stated in one place.
 """
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from train.errors import UserError
+from train.settings import is_number
 
 # What a checkpoint decides as soon as there is one; further arguments say it for the beginning of a run.
 _OF_A_CHECKPOINT = "--make-vocab-size-divisible-by"
@@ -80,7 +82,7 @@ def problems(text: str, rendered: Sequence[str], known: Collection[str]) -> list
     given = words(text, rendered)
     if given and not given[0].startswith("--"):
         found.append(f"--megatron_arguments {text!r}: {given[0]!r} is no flag; start with one, such as --swiglu.")
-    short = [word for word in given if re.fullmatch(r"-[^-].*", word) and not _is_number(word)]
+    short = [word for word in given if re.fullmatch(r"-[^-].*", word) and not is_number(word)]
     found += [f"--megatron_arguments: {word} is no flag of a training; flags begin with two dashes." for word in short]
     taken = {word for word in rendered if word.startswith("--")}
     for flag in (word.partition("=")[0] for word in given if word.startswith("--")):
@@ -127,11 +129,3 @@ def refusals_told(text: str) -> Iterator[None]:
         raise UserError(f"--megatron_arguments {text!r}: Megatron-DeepSpeed says: {said}; change them.") from None
     finally:
         argparse.ArgumentParser.error = former  # type: ignore[method-assign]
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True

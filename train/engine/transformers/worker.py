@@ -52,9 +52,7 @@ def pretrain(recipe: PretrainRecipe, run_folder: RunFolder) -> None:
     transformers_logging.disable_progress_bar()
     arguments = training_arguments(recipe, run_folder)
     if arguments.deepspeed:
-        deepspeed_ops.quote_library_path()
-    if arguments.deepspeed and arguments.device.type == "cpu":
-        deepspeed_ops.init_distributed()
+        deepspeed_ops.prepare_rank(arguments.device.type)
     leads = arguments.process_index == 0
     start = run_folder.latest_step()
     train_set, evaluation_set = datasets(recipe)
