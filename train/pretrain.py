@@ -44,8 +44,7 @@ def pretrain(recipe: PretrainRecipe) -> int:
         from train.rehearse import rehearse
 
         return rehearse(recipe)
-    assert recipe.checkpoint.job_name is not None
-    run_folder = RunFolder(recipe.checkpoint.output_model_dir, recipe.checkpoint.job_name)
+    run_folder = RunFolder.of(recipe)
     allocation = allocations.find(num_processes=recipe.parallel.num_processes, device=recipe.parallel.device)
     if recipe.dry_run:
         return _dry_run(recipe, allocation, run_folder)

@@ -230,14 +230,14 @@ def _available_bytes() -> int:
 def _train(recipe: PretrainRecipe) -> str:
     pretrain(recipe)
     losses = _losses(recipe)
-    saved = _run_folder(recipe).step_dir(recipe.train_steps)
+    saved = RunFolder.of(recipe).step_dir(recipe.train_steps)
     size = sum(file.stat().st_size for file in saved.iterdir())
     return f"{recipe.train_steps} steps, loss {losses[1]:.4f} -> {losses[recipe.train_steps]:.4f}, saved {size:,} bytes"
 
 
 def _resume(recipe: PretrainRecipe) -> str:
     """Takes the last checkpoint away, as if the run had been killed before it, and trains on to the same losses."""
-    run_folder, before = _run_folder(recipe), _losses(recipe)
+    run_folder, before = RunFolder.of(recipe), _losses(recipe)
     shutil.rmtree(run_folder.step_dir(recipe.train_steps))
     run_folder.manifest.unlink()
     pretrain(recipe)
@@ -261,7 +261,7 @@ def _export(recipe: PretrainRecipe) -> str:
         ConvertSettings(
             input_tokenizer_file=recipe.data.input_tokenizer_file,
             input_model_max_length=recipe.model.sequence_length,
-            input_model_dir=_run_folder(recipe).step_dir(recipe.train_steps),
+            input_model_dir=RunFolder.of(recipe).step_dir(recipe.train_steps),
             output_tokenizer_and_model_dir=output,
             parity_documents=100,
         )
@@ -273,12 +273,8 @@ def _export(recipe: PretrainRecipe) -> str:
     )
 
 
-def _run_folder(recipe: PretrainRecipe) -> RunFolder:
-    return RunFolder(recipe.checkpoint.output_model_dir, recipe.checkpoint.job_name or "")
-
-
 def _losses(recipe: PretrainRecipe) -> dict[int, float]:
-    return {record["step"]: record["loss"] for record in _run_folder(recipe).read_metrics() if "loss" in record}
+    return {record["step"]: record["loss"] for record in RunFolder.of(recipe).read_metrics() if "loss" in record}
 
 
 @contextlib.contextmanager

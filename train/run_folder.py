@@ -16,10 +16,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from train.checkpoint_folders import whole_checkpoints
 from train.monitor import progress
+
+if TYPE_CHECKING:
+    from train.recipe import PretrainRecipe
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,12 @@ class RunFolder:
     root: Path
     job_name: str
     load: Load | None = None
+
+    @classmethod
+    def of(cls, recipe: PretrainRecipe) -> RunFolder:
+        """The folder of a resolved recipe's run."""
+        assert recipe.checkpoint.job_name is not None, "resolved() comes first"
+        return cls(recipe.checkpoint.output_model_dir, recipe.checkpoint.job_name)
 
     @property
     def checkpoint_dir(self) -> Path:

@@ -9,29 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from megatron_tiny_run import VOCABULARY, flags, write_corpus
+from megatron_tiny_run import VOCABULARY, flags
 
 from train.checkpoint.megatron.export import export
-from train.engine.megatron_deepspeed import checkout
 from train.engine.megatron_deepspeed.patches import DISABLED_VARIABLE
 from train.errors import EXIT_NON_FINITE_LOSS, EXIT_USER
 
 pytestmark = [pytest.mark.slow, pytest.mark.megatron, pytest.mark.xdist_group("megatron_engine")]
 TP2_PP2 = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "num_processes": 4}
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer and data in one folder."""
-    if checkout.find_checkout() is None:
-        pytest.skip(checkout.why_missing())
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(scope="module")
-def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One output folder for all runs: DeepSpeed's op is compiled once in it."""
-    return tmp_path_factory.mktemp("out put")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from train.engine.megatron_deepspeed import checkout, patches
+from train.engine.megatron_deepspeed import patches
 from train.engine.megatron_deepspeed.patches import (
     cpu_kernels,
     golden_logits,
@@ -120,15 +120,6 @@ def test_non_finite_loss_ends_the_run(tmp_path: Path, loss: float) -> None:
     with pytest.raises(NonFiniteLossError, match=f"the last good checkpoint is {tmp_path}/global_step5"):
         progress_lines.refuse_non_finite(loss, 7, tmp_path)
     progress_lines.refuse_non_finite(3.0, 7, tmp_path)
-
-
-@pytest.fixture(scope="module")
-def engine_path() -> str:
-    """PYTHONPATH of an installed checkout."""
-    found = checkout.find_checkout()
-    if found is None:
-        pytest.skip(checkout.why_missing())
-    return checkout.python_path(found.path)
 
 
 def in_a_rank(code: str, engine_path: str, *, disabled: str) -> subprocess.CompletedProcess[str]:

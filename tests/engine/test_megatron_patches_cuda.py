@@ -8,17 +8,7 @@ import sys
 
 import pytest
 
-from train.engine.megatron_deepspeed import checkout
 from train.engine.megatron_deepspeed.patches import apex_absent, cpu_kernels, flash_attention, sequence_parallel
-
-
-@pytest.fixture(scope="module")
-def engine_path() -> str:
-    """PYTHONPATH of an installed checkout."""
-    found = checkout.find_checkout()
-    if found is None:
-        pytest.skip(checkout.why_missing())
-    return checkout.python_path(found.path)
 
 
 def run(code: str, engine_path: str) -> None:

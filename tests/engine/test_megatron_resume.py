@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from megatron_tiny_run import flags, write_corpus
+from megatron_tiny_run import flags
 
-from train.engine.megatron_deepspeed import checkout
 from train.errors import EXIT_FAILURE
 
 pytestmark = [pytest.mark.slow, pytest.mark.megatron, pytest.mark.xdist_group("megatron_engine")]
@@ -42,20 +41,6 @@ MOMENTS = (
     r"1 open \.global_step2\.unfinished-save/.*\.pt$ 1",
     r"0 os.rename /latest$ 2",
 )
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer and data in one folder."""
-    if checkout.find_checkout() is None:
-        pytest.skip(checkout.why_missing())
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(scope="module")
-def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One output folder for all runs."""
-    return tmp_path_factory.mktemp("out put")
 
 
 @pytest.fixture(scope="module")

@@ -137,9 +137,8 @@ def open_checkpoint(folder: Path) -> MegatronCheckpoint:
     if not first.is_file():
         raise UserError(f"{first} is missing: {folder} is not a whole checkpoint of Megatron-DeepSpeed.")
     saved = read_layout(folder)
-    version = reader.load(first).get("checkpoint_version", 0)
-    if version < _VERSION:
-        raise UserError(f"{folder} has checkpoint version {version}: 2 or later is read, whose layout is known.")
+    if saved.version < _VERSION:
+        raise UserError(f"{folder} has checkpoint version {saved.version}: 2 or later is read, whose layout is known.")
     missing = [name for name in _weight_files(saved) if not (folder / name).is_file()]
     if missing:
         raise UserError(

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from train.checkpoint.megatron.parameters import Cut, cut_of
+from train.checkpoint.megatron.parameters import Cut, cut_of, drifts
 from train.errors import VerificationError
 
 if TYPE_CHECKING:
@@ -164,16 +164,12 @@ def _dimension(kind: Cut) -> int:
 
 
 def _refuse_drift(name: str, slices: Sequence[Tensor]) -> None:
-    import torch
-
-    for rank, other in enumerate(slices[1:], start=1):
-        if not torch.equal(slices[0], other):
-            difference = float((slices[0].double() - other.double()).abs().max())
-            raise VerificationError(
-                f"{name} differs between tensor ranks 0 and {rank} by {difference:.3g}, though every rank keeps the"
-                " same: the ranks have drifted apart while training (dropout on a CPU does that), and no export can be"
-                " true to both."
-            )
+    for rank, difference in drifts(slices):
+        raise VerificationError(
+            f"{name} differs between tensor ranks 0 and {rank} by {difference:.3g}, though every rank keeps the same:"
+            " the ranks have drifted apart while training (dropout on a CPU does that), and no export can be true to"
+            " both."
+        )
 
 
 def layer_names(slices: Sequence[Mapping[str, Tensor]]) -> list[str]:

@@ -8,6 +8,11 @@ and whole (`language_model.encoder.layers.0.mlp.dense_4h_to_h.weight`).
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _ROWS = (
     "self_attention.query_key_value.weight",
@@ -47,3 +52,12 @@ def cut_of(name: str, *, gated: bool) -> Cut:
 
 def _ends(name: str, endings: tuple[str, ...]) -> bool:
     return any(name == ending or name.endswith("." + ending) for ending in endings)
+
+
+def drifts(slices: Sequence[Tensor]) -> Iterator[tuple[int, float]]:
+    """Of what every tensor rank keeps the same: the ranks that differ from the first one, and by how much at most."""
+    import torch
+
+    for rank, other in enumerate(slices[1:], start=1):
+        if not torch.equal(slices[0], other):
+            yield rank, float((slices[0].double() - other.double()).abs().max())

@@ -35,6 +35,7 @@ class SavedLayout:
         optimizer_prefix: what stands before `zero_pp_rank_` in the names of the optimizer files.
         has_pipeline_module: whether there is a file per layer.
         step: the optimizer step.
+        version: of Megatron's format.
         has_weights_only: whether it was imported, and no training has saved it: there is no optimizer yet.
     """
 
@@ -47,6 +48,7 @@ class SavedLayout:
     optimizer_prefix: str
     has_pipeline_module: bool
     step: int
+    version: float
     has_weights_only: bool = False
 
     @property
@@ -130,6 +132,7 @@ def read_layout(folder: Path) -> SavedLayout:
         optimizer_prefix="bf16_" if any(name.startswith("bf16_zero_pp_rank_") for name in names) else "",
         has_pipeline_module=state.get("module") is None,
         step=step,
+        version=state.get("checkpoint_version", 0),
         has_weights_only=step == 0 and zero_stage == 0 and state.get("optimizer") is None,
     )
 

@@ -118,15 +118,11 @@ def _whole(
 
 
 def _replicated(name: str, slices: Sequence[Tensor], layout: SavedLayout) -> Tensor:
-    import torch
-
-    for rank, other in enumerate(slices[1:], start=1):
-        if not torch.equal(slices[0], other):
-            difference = float((slices[0].double() - other.double()).abs().max())
-            raise VerificationError(
-                f"{layout.folder}: {name} differs between tensor ranks 0 and {rank} by {difference:.3g}, though every"
-                " rank keeps the same: no other layout can be true to both. Go on in the layout that it was saved in."
-            )
+    for rank, difference in parameters.drifts(slices):
+        raise VerificationError(
+            f"{layout.folder}: {name} differs between tensor ranks 0 and {rank} by {difference:.3g}, though every rank"
+            " keeps the same: no other layout can be true to both. Go on in the layout that it was saved in."
+        )
     return slices[0].clone()
 
 

@@ -11,13 +11,16 @@ from typing import Any
 _fused: Any = None  # the autograd function, once `prepare` has made it
 
 
-def bias_gelu(values: Any, bias: Any) -> Any:
-    """GELU (tanh form) of values + bias, [..., columns]."""
+def plain_bias_gelu(values: Any, bias: Any) -> Any:
+    """GELU (tanh form) of values + bias, [..., columns], as upstream's fused function computes it."""
     import torch
 
-    if _fused is None:
-        return torch.nn.functional.gelu(values + bias, approximate="tanh")
-    return _fused.apply(values, bias)
+    return torch.nn.functional.gelu(values + bias, approximate="tanh")
+
+
+def bias_gelu(values: Any, bias: Any) -> Any:
+    """The same, by the kernel once `prepare` was called."""
+    return plain_bias_gelu(values, bias) if _fused is None else _fused.apply(values, bias)
 
 
 def prepare() -> None:
@@ -31,7 +34,7 @@ def prepare() -> None:
         @staticmethod
         def forward(ctx: Any, values: Any, bias: Any) -> Any:
             ctx.save_for_backward(values, bias)
-            return torch.nn.functional.gelu(values + bias, approximate="tanh")
+            return plain_bias_gelu(values, bias)
 
         @staticmethod
         def backward(ctx: Any, *incoming: Any) -> Any:

@@ -34,8 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--engine_commit", default="unknown")
     own = parser.parse_args(words[:end])
     recipe = settings.build(PretrainRecipe, settings.read_yaml(own.recipe))
-    assert recipe.checkpoint.job_name is not None
-    run_folder = RunFolder(recipe.checkpoint.output_model_dir, recipe.checkpoint.job_name)
+    run_folder = RunFolder.of(recipe)
     leads = os.environ.get("RANK", "0") == "0"
     body = functools.partial(_pretrain_watched, recipe, run_folder, own.engine_commit, words[end + 1 :], leads=leads)
     return outcome.record(run_folder.outcome, body, leads=leads)

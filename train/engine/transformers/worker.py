@@ -26,8 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipe", type=Path, required=True)
     recipe = settings.build(PretrainRecipe, settings.read_yaml(parser.parse_args(argv).recipe))
-    assert recipe.checkpoint.job_name is not None
-    run_folder = RunFolder(recipe.checkpoint.output_model_dir, recipe.checkpoint.job_name)
+    run_folder = RunFolder.of(recipe)
     leads = os.environ.get("RANK", "0") == "0"
 
     def body() -> None:

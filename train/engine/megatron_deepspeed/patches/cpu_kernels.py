@@ -10,14 +10,8 @@ import functools
 import math
 from typing import Any
 
+from train.engine.megatron_deepspeed.bias_gelu import plain_bias_gelu as bias_gelu
 from train.engine.megatron_deepspeed.patches import Patch, Run
-
-
-def bias_gelu(values: Any, bias: Any) -> Any:
-    """The tanh form of GELU, as upstream's fused function computes it."""
-    import torch
-
-    return torch.nn.functional.gelu(values + bias, approximate="tanh")
 
 
 def bias_dropout_add(values: Any, bias: Any, residual: Any, probability: float) -> Any:
