@@ -321,7 +321,9 @@ def test_a_full_disk_leaves_nothing(
     assert list(small_disk.iterdir()) == []
 
 
-def start_long_run(folder: Path, tiny_model: Path, project_root: Path) -> subprocess.Popen[str]:
+def start_long_run(
+    folder: Path, tiny_model: Path, project_root: Path, *, interrupt_workers: bool = False
+) -> subprocess.Popen[str]:
     """Encodes for some seconds with two workers; returns once parts are being written."""
     file = write_documents(folder / "a.jsonl", ["the quiet river reading " * 200] * 10_000)
     launcher = project_root / "scripts" / "step2_pretrain_model" / "preprocess_data.py"
@@ -330,6 +332,8 @@ def start_long_run(folder: Path, tiny_model: Path, project_root: Path) -> subpro
     child = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 60
     while not list(folder.glob("out/.*parts*/*")) and child.poll() is None and time.monotonic() < deadline:
+        for worker in children_of(child.pid) if interrupt_workers else ():
+            os.kill(worker, signal.SIGINT)
         time.sleep(0.01)
     assert child.poll() is None, child.communicate()
     return child
@@ -357,8 +361,11 @@ def test_a_killed_run_leaves_no_output_and_no_workers(tmp_path: Path, tiny_model
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_leaves_nothing(tmp_path: Path, tiny_model: Path, project_root: Path) -> None:
-    child = start_long_run(tmp_path, tiny_model, project_root)
+@pytest.mark.parametrize("interrupt_workers", [False, True], ids=["at work", "already while the workers import"])
+def test_an_interrupted_run_leaves_nothing(
+    tmp_path: Path, tiny_model: Path, project_root: Path, interrupt_workers: bool
+) -> None:
+    child = start_long_run(tmp_path, tiny_model, project_root, interrupt_workers=interrupt_workers)
     os.killpg(child.pid, signal.SIGINT)  # as Ctrl-C does: to the workers too
     _, errors = child.communicate(timeout=60)
     assert child.returncode == 130, errors

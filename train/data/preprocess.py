@@ -15,6 +15,7 @@ Same bytes as `tools/preprocess_data.py --tokenizer-type SentencePieceTokenizer 
 from __future__ import annotations
 
 import collections
+import contextlib
 import errno
 import functools
 import itertools
@@ -271,7 +272,8 @@ def _encoded_parts(
     under_way: collections.deque[Future[_Part]] = collections.deque()
     try:
         for number, parcel in parcels:
-            under_way.append(pool.submit(_encode_parcel, job, parcel, scratch / str(number)))
+            with _interrupts_held():
+                under_way.append(pool.submit(_encode_parcel, job, parcel, scratch / str(number)))
             if len(under_way) > 2 * workers:
                 yield under_way.popleft().result()
         while under_way:
@@ -337,9 +339,25 @@ def _load_encoder(tokenizer_file: Path) -> Encoder:
     return Encoder(tokenizer_file)
 
 
-def _start_worker(parent_id: int) -> None:
-    """Leaves Ctrl-C to the parent, and ends the worker when the parent was killed and could not end it."""
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Leaves Ctrl-C to this process: a worker begun in here never sees one, not even while it imports.
+
+    A new process inherits which signals are blocked. Here one that comes meanwhile is answered at the end.
+    """
     import signal
+    from multiprocessing import resource_tracker
+
+    resource_tracker.ensure_running()  # the first worker's start would begin it, and that unblocks the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_worker(parent_id: int) -> None:
+    """Ends the worker when the parent was killed and could not end it."""
     import threading
 
     def watch() -> None:
@@ -347,7 +365,6 @@ def _start_worker(parent_id: int) -> None:
             time.sleep(0.5)
         os._exit(1)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=watch, daemon=True).start()
 
 
