@@ -23,6 +23,7 @@ from train.checkpoint_folders import remove_leftovers, remove_universal
 from train.checkpoint_size import DiskNeed, disk_need
 from train.cluster import allocation as allocations
 from train.cluster.allocation import Allocation
+from train.cluster.settings import ClusterSettings, SubmitSettings
 from train.deepspeed_ops import remove_stale_locks
 from train.engine import choose
 from train.errors import EXIT_INTERRUPTED, UserError, refuse
@@ -236,7 +237,7 @@ def _with_wandb_group(recipe: PretrainRecipe) -> PretrainRecipe:
 def _comparable(recipe: PretrainRecipe) -> PretrainRecipe:
     """The recipe without what may change between two calls that mean the same run."""
     logging = dataclasses.replace(recipe.logging, wandb_group=None)
-    return dataclasses.replace(recipe, logging=logging)
+    return dataclasses.replace(recipe, logging=logging, cluster=ClusterSettings(), job=SubmitSettings())
 
 
 def _is_done(recipe: PretrainRecipe, run_folder: RunFolder, parts: Sequence[BlendPart]) -> bool:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train.cluster.settings import ClusterSettings, SubmitSettings
 from train.errors import refuse
 from train.model_sizes import MODEL_SIZES
 from train.settings import Count, is_number, section, setting
@@ -137,7 +138,7 @@ class ParallelSettings:
         "", help="further arguments of Megatron-DeepSpeed's pretrain_gpt.py in one text, such as"
         " '--rampup-batch-size 32 32 1000000'; a single word is given as --megatron_arguments=--WORD",
     )  # fmt: skip
-    num_processes: int = setting(0, help="processes on this machine; 0 is one per GPU, or one without GPUs")
+    num_processes: int = setting(0, help="processes on each node; 0 is one per GPU, or one without GPUs")
     data_parallel_size: int = setting(
         0, help="ranks that share the batch: refuse to start unless there are so many; 0 takes what the ranks give"
     )
@@ -232,6 +233,8 @@ class PretrainRecipe:
     model: ModelSettings = section(ModelSettings)
     parallel: ParallelSettings = section(ParallelSettings)
     logging: LoggingSettings = section(LoggingSettings)
+    cluster: ClusterSettings = section(ClusterSettings)
+    job: SubmitSettings = section(SubmitSettings)
     dry_run: bool = setting(False, help="print what would run, and run nothing", flag_only=True)
     rehearse: bool = setting(
         False, help="run this layout with a tiny model on CPU processes: train, save, resume, export, verify",

@@ -34,7 +34,7 @@ _STRETCHES = "stretches"
 def build(recipe: PretrainRecipe, engine: str, allocation: Allocation, inputs: Iterable[Path]) -> dict[str, Any]:
     """The run's identity as plain data."""
     plain = settings.to_plain(recipe)
-    del plain["logging"]
+    del plain["logging"], plain["cluster"], plain["job"]
     for name in ("save_interval", "keep_last", "eval_interval", "eval_iters", "output_model_dir"):
         del plain["checkpoint"][name]
     del plain["data"]["num_workers"]

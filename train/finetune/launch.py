@@ -72,7 +72,7 @@ def finetune(settings: FinetuneSettings) -> int:
         return _dry_run(settings, where, folder)
     started = time.time()
     found = _find_inputs(settings)
-    plain = settings_module.to_plain(settings)
+    plain = _plain(settings)
     if folder.output.is_file():
         raise UserError(f"--output_dir {folder.output} is a file, a folder name was expected: choose another output.")
     if not settings.overwrite and manifest.is_done(folder.output, step=STEP, settings=plain, inputs=found.files()):
@@ -110,6 +110,11 @@ def finetune(settings: FinetuneSettings) -> int:
     for run in sorted(folder.output.glob("wandb/offline-run-*")):
         print(f"W&B offline run: wandb sync {run}")
     return 0
+
+
+def _plain(settings: FinetuneSettings) -> dict[str, Any]:
+    """What is trained, without how its nodes are reached: that may change between two calls that mean the same run."""
+    return {name: value for name, value in settings_module.to_plain(settings).items() if name not in ("cluster", "job")}
 
 
 def build_command(settings: FinetuneSettings, where: Allocation, folder: FinetuneFolder) -> Command:

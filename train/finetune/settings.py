@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.settings import setting
+from train.cluster.settings import ClusterSettings, SubmitSettings
+from train.settings import section, setting
 
 _NOT_YET = {
     "use_peft": "LoRA",
@@ -79,7 +80,7 @@ class FinetuneSettings:
     fp16: bool = setting(False, help="float16 mixed precision; needs a GPU")
     gradient_checkpointing: bool = setting(False, help="recompute activations to save memory")
 
-    num_processes: int = setting(0, help="processes on this machine; 0 is one per GPU, or one without GPUs")
+    num_processes: int = setting(0, help="processes on each node; 0 is one per GPU, or one without GPUs")
     device: str = setting("auto", help="where to train", choices=("auto", "cuda", "cpu"))
     zero_stage: int = setting(0, help="DeepSpeed ZeRO stage; 0 trains without DeepSpeed", choices=("0", "2", "3"))
     deepspeed: Path | None = setting(None, help="DeepSpeed JSON to use as it is, instead of zero_stage")
@@ -102,6 +103,9 @@ class FinetuneSettings:
     peft_lora_r: int | None = setting(None, help="LoRA; not in this version")
     peft_lora_alpha: float | None = setting(None, help="LoRA; not in this version")
     peft_lora_dropout: float | None = setting(None, help="LoRA; not in this version")
+
+    cluster: ClusterSettings = section(ClusterSettings)
+    job: SubmitSettings = section(SubmitSettings)
 
     resume: str = setting(
         "auto",
