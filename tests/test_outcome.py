@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from train import outcome
+from train.early_end import EndedEarlyError
 from train.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_NON_FINITE_LOSS, NonFiniteLossError, UserError
 
 
@@ -65,6 +66,19 @@ def test_ranks_that_were_stopped_because_another_died_are_no_interruption(tmp_pa
     assert caught.value.exit_code == EXIT_FAILURE
 
 
+@pytest.mark.parametrize("status", [0, 1, 143])
+def test_a_run_that_saved_and_ended_early_says_so(tmp_path: Path, status: int) -> None:
+    file = tmp_path / "outcome.json"
+
+    def end() -> None:
+        raise EndedEarlyError(1200, "asked by SIGTERM")
+
+    assert outcome.record(file, end, leads=False) == EXIT_INTERRUPTED
+    with pytest.raises(UserError, match=r"saved step 1,200 and ended early \(asked by SIGTERM\): the same") as caught:
+        outcome.check(file, status, log=tmp_path / "log")
+    assert caught.value.exit_code == EXIT_INTERRUPTED
+
+
 def test_our_own_mistakes_keep_their_traceback(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         outcome.record(tmp_path / "outcome.json", lambda: print(1 // 0))
@@ -99,6 +113,7 @@ import sys
 from pathlib import Path
 import torch
 from train import outcome
+from train.early_end import EndedEarlyError
 
 def body():
     store = torch.distributed.HashStore()

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train.early_end import EndedEarlyError
 from train.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_USER, UserError, user_message
 
 _FULL_BYTES = 2**20
@@ -34,13 +35,15 @@ class Outcome:
     Attributes:
         exit_code: one of `train.errors`.
         problems: messages for the user, empty when all went well.
+        saved_step: the step of the checkpoint that a run saved because it was asked to end early; None of any other.
     """
 
     exit_code: int
     problems: tuple[str, ...]
+    saved_step: int | None = None
 
 
-def write(path: Path, exit_code: int, problems: Iterable[str] = ()) -> None:
+def write(path: Path, exit_code: int, problems: Iterable[str] = (), *, saved_step: int | None = None) -> None:
     """Reports an end. Any rank may call it at any time: the first report stays, as it names the cause.
 
     Ranks that fail later mostly fail because the first one did.
@@ -48,7 +51,8 @@ def write(path: Path, exit_code: int, problems: Iterable[str] = ()) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # FileExistsError: another rank was first. On a full disk the launcher goes by the exit status and the log.
     with contextlib.suppress(OSError), path.open("x", encoding="utf-8") as stream:
-        stream.write(json.dumps({"exit_code": exit_code, "problems": list(problems)}) + "\n")
+        report = {"exit_code": exit_code, "problems": list(problems), "saved_step": saved_step}
+        stream.write(json.dumps(report) + "\n")
 
 
 def read(path: Path) -> Outcome | None:
@@ -57,7 +61,7 @@ def read(path: Path) -> Outcome | None:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):  # none, or one that a full disk cut short
         return None
-    return Outcome(record["exit_code"], tuple(record["problems"]))
+    return Outcome(record["exit_code"], tuple(record["problems"]), record.get("saved_step"))
 
 
 def record(path: Path, body: Callable[[], None], *, leads: bool = True) -> int:
@@ -71,12 +75,18 @@ def record(path: Path, body: Callable[[], None], *, leads: bool = True) -> int:
         leads: whether this rank (the first one) also reports success.
     """
     if threading.current_thread() is threading.main_thread():
-        # SIGTERM is a scheduler's way to interrupt; SIGINT is ignored at birth in a shell's background jobs
+        # SIGTERM is a scheduler's way to interrupt; SIGINT is ignored at birth in a shell's background jobs.
+        # Once there is something to save, `train.early_end` takes SIGTERM over.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.default_int_handler)
     try:
         body()
         _leave_process_group()
+    except EndedEarlyError as end:
+        write(path, end.exit_code, end.problems, saved_step=end.step)
+        with contextlib.suppress(Exception):  # the checkpoint is whole, whatever becomes of the other ranks
+            _leave_process_group()
+        return end.exit_code
     except UserError as error:
         write(path, error.exit_code, error.problems)
         return error.exit_code
@@ -102,20 +112,22 @@ def _leave_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def check(path: Path, exit_status: int, *, log: Path) -> None:
+def check(path: Path, exit_status: int, *, log: Path, cause: str = "") -> None:
     """Returns when a run went well; otherwise says why it did not, with the true exit code.
 
     Args:
         path: the ranks' report. Remove an old one before the run starts.
         exit_status: what the launching command returned.
         log: the file that holds what the ranks printed.
+        cause: what the launcher knows of the end, where a rank died without a word.
 
     Raises:
         UserError: a rank reported a failure, the command failed, or it ended without any report.
     """
     outcome = read(path)
-    # when one rank dies the others are stopped, and may report that first; it was the user only if we passed it on
-    stopped = outcome is not None and outcome.exit_code == EXIT_INTERRUPTED
+    # when one rank dies the others are stopped, and may report that first; it was the user only if we passed it on, or
+    # if all ranks have saved together, which takes all of them
+    stopped = outcome is not None and outcome.exit_code == EXIT_INTERRUPTED and outcome.saved_step is None
     if outcome is not None and outcome.exit_code != EXIT_OK and not stopped:
         raise UserError(outcome.problems, exit_code=outcome.exit_code)
     if exit_status in _SIGNALS_OF_THE_USER:
@@ -123,6 +135,8 @@ def check(path: Path, exit_status: int, *, log: Path) -> None:
     folder = log.parent
     if exit_status != EXIT_OK and folder.is_dir() and shutil.disk_usage(folder).free < _FULL_BYTES:  # none for a report
         raise UserError(f"{folder}: no space left: free some, and the same command goes on from the last checkpoint.")
+    if exit_status != EXIT_OK and cause:
+        raise UserError(f"{cause}\nAll of the output: {log}.", exit_code=exit_status)
     if exit_status != EXIT_OK:
         raise UserError(
             f"training broke off with status {exit_status}: the traceback is above, and in {log}.",

@@ -9,13 +9,14 @@ an outcome there.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from train import deepspeed_ops, outcome
+from train import deepspeed_ops, early_end, outcome
 from train import settings as settings_module
 from train.finetune.folder import FinetuneFolder, Plan
 from train.monitor import wandb_run
@@ -34,17 +35,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(plan: Plan, folder: FinetuneFolder) -> None:
     try:
         train(plan, folder)
+    except early_end.EndedEarlyError:
+        raise
     except Exception:
         folder.remove_half_written()  # on a full disk the report needs room itself
         raise
 
 
 def train(plan: Plan, folder: FinetuneFolder) -> None:
-    """Trains, from the plan's checkpoint if it names one, and saves."""
+    """Trains, from the plan's checkpoint if it names one, and saves.
+
+    Raises:
+        EndedEarlyError: it was asked to end early. There is a checkpoint, and no model yet.
+    """
     import datasets
     from transformers import AutoTokenizer, PrinterCallback
     from transformers.utils import logging
 
+    from train.early_end_callback import SaveAndEnd
     from train.finetune import trainer as trainers
     from train.finetune.progress import Reporting
 
@@ -54,6 +62,7 @@ def train(plan: Plan, folder: FinetuneFolder) -> None:
     arguments = training_arguments(plan, folder)
     if plan.deepspeed_config is not None:
         deepspeed_ops.prepare_rank(plan.device)
+    early = early_end.begin(os.environ)
     tokenizer = AutoTokenizer.from_pretrained(folder.tokenizer_dir, local_files_only=True)
     special_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model = load_model(plan, tokenizer)
@@ -71,10 +80,15 @@ def train(plan: Plan, folder: FinetuneFolder) -> None:
         processing_class=tokenizer,
         train_dataset=_examples(folder.train_examples),
         eval_dataset=_examples(folder.eval_examples) if plan.finetune.eval_data_files else None,
-        callbacks=[Reporting(folder.metrics, wandb)],
+        callbacks=[Reporting(folder.metrics, wandb), SaveAndEnd(early, at_last_step=True)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=None if plan.resume_from is None else str(plan.resume_from))
+    if early.reason is not None:
+        if wandb is not None:
+            with contextlib.suppress(Exception):  # the signal may have ended W&B's own process
+                wandb.finish()
+        raise early_end.EndedEarlyError(trainer.state.global_step, early.reason)
     if plan.finetune.eval_data_files and trainer.state.log_history[-1].get("step") != trainer.state.global_step:
         trainer.evaluate()
     _agree_on_special_tokens(trainer.model, special_ids)

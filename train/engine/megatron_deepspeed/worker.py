@@ -7,6 +7,7 @@ python -m torch.distributed.run ... -m train.engine.megatron_deepspeed.worker --
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from train import outcome, settings
 from train.deepspeed_ops import quote_library_path
+from train.early_end import EndedEarlyError
 from train.engine.megatron_deepspeed import pass_through, patches
 from train.errors import UserError
 from train.monitor import wandb_run
@@ -61,8 +63,14 @@ def _pretrain_watched(
         forced=patches.forced_names(os.environ),
         watch=None if watched is None else lambda step, numbers: watched.log(dict(numbers), step=step),
     )
-    with pass_through.refusals_told(recipe.parallel.megatron_arguments):
-        pretrain(run, arguments, leads=leads)
+    try:
+        with pass_through.refusals_told(recipe.parallel.megatron_arguments):
+            pretrain(run, arguments, leads=leads)
+    except EndedEarlyError:
+        if watched is not None:
+            with contextlib.suppress(Exception):  # the signal may have ended W&B's own process
+                watched.finish()
+        raise
     if watched is not None:
         watched.finish()
 
@@ -72,6 +80,7 @@ def pretrain(run: patches.Run, arguments: Sequence[str], *, leads: bool) -> None
 
     Raises:
         UserError: the checkout is not on the import path, or the loss became non-finite.
+        EndedEarlyError: the run was asked to end early, and has saved.
     """
     script = pretrain_script()
     # four lines a rank about upstream's age, above everything a user wants to see

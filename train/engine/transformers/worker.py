@@ -6,12 +6,13 @@ python -m torch.distributed.run ... -m train.engine.transformers.worker --recipe
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from train import deepspeed_ops, outcome, settings
+from train import deepspeed_ops, early_end, outcome, settings
 from train.checkpoint_folders import remove_leftovers
 from train.data.blend import read_blend
 from train.data.gpt_dataset import GPTDataset
@@ -32,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def body() -> None:
         try:
             pretrain(recipe, run_folder)
+        except early_end.EndedEarlyError:
+            raise
         except Exception:
             if leads:  # on a full disk this makes room for the report of it
                 remove_leftovers(run_folder.checkpoint_dir)
@@ -41,10 +44,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def pretrain(recipe: PretrainRecipe, run_folder: RunFolder) -> None:
-    """Trains from the newest whole checkpoint, or from scratch, to the last step."""
+    """Trains from the newest whole checkpoint, or from scratch, to the last step.
+
+    Raises:
+        EndedEarlyError: it was asked to end early, and has saved.
+    """
     from transformers import PrinterCallback
     from transformers.utils import logging as transformers_logging
 
+    from train.early_end_callback import SaveAndEnd
     from train.engine.transformers.model import build_model, read_vocabulary
     from train.engine.transformers.trainer import PretrainTrainer, ProgressCallback, TokenSequences
 
@@ -53,6 +61,7 @@ def pretrain(recipe: PretrainRecipe, run_folder: RunFolder) -> None:
     if arguments.deepspeed:
         deepspeed_ops.prepare_rank(arguments.device.type)
     leads = arguments.process_index == 0
+    early = early_end.begin(os.environ)
     start = run_folder.latest_step()
     train_set, evaluation_set = datasets(recipe)
     model = build_model(recipe, read_vocabulary(recipe.data.input_tokenizer_file))
@@ -81,10 +90,15 @@ def pretrain(recipe: PretrainRecipe, run_folder: RunFolder) -> None:
         args=arguments,
         train_dataset=TokenSequences(train_set),
         eval_dataset=None if evaluation_set is None else TokenSequences(evaluation_set),
-        callbacks=[ProgressCallback(run_folder, progress, watched)],
+        callbacks=[ProgressCallback(run_folder, progress, watched), SaveAndEnd(early)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=None if start is None else str(run_folder.step_dir(start)))
+    if early.reason is not None:
+        if watched is not None:
+            with contextlib.suppress(Exception):  # the signal may have ended W&B's own process
+                watched.finish()
+        raise early_end.EndedEarlyError(trainer.state.global_step, early.reason)
     if watched is not None:
         watched.finish()
 

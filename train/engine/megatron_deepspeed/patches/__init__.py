@@ -42,6 +42,7 @@ _MODULES = (
     "golden_logits",
     "whole_checkpoints",
     "progress_lines",
+    "early_end",
 )
 
 
