@@ -1,26 +1,22 @@
 """Where a run runs: its hosts, the processes on each, and why we think so.
 
-Today that is this machine alone. A scheduler's allocation of several nodes is recognised and refused, never used in
-part: a job that quietly trains on one node of two is worse than one that does not start.
+    where = allocation.find(recipe.cluster, num_processes=0, device="auto")
+
+A job's nodes are taken whole or not at all: a job that quietly trains on one node of two is worse than one that does
+not start.
 """
 
 from __future__ import annotations
 
 import os
-import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from train import process
-from train.errors import UserError
-
-# Each scheduler's way to say how many nodes a job holds.
-_NODE_COUNTS = {
-    "SLURM_JOB_NUM_NODES": "Slurm",
-    "SLURM_NNODES": "Slurm",
-    "NHOSTS": "Grid Engine",
-    "PBS_NUM_NODES": "PBS",
-}
+from train.cluster import schedulers, this_machine
+from train.cluster.nodes import Nodes, fold
+from train.cluster.settings import ClusterSettings
+from train.errors import UserError, refuse
 
 
 @dataclass(frozen=True)
@@ -32,46 +28,132 @@ class Allocation:
         processes_per_host: ranks on each host.
         device: "cuda" or "cpu".
         reason: how this was found, for people to read.
+        source: "slurm", "gridengine", "pbs", "openmpi", "hostfile" or "none": who named the hosts.
+        job_id: the scheduler's id of the job this process stands in, None outside of one.
+        this_host: the name among `hosts` of the machine that asked, None when it is none of them.
     """
 
     hosts: tuple[str, ...]
     processes_per_host: int
     device: str
     reason: str
+    source: str = "none"
+    job_id: str | None = None
+    this_host: str | None = None
 
     @property
     def world_size(self) -> int:
         return len(self.hosts) * self.processes_per_host
 
 
-def find(*, num_processes: int, device: str, environment: Mapping[str, str] | None = None) -> Allocation:
+def find(
+    cluster: ClusterSettings | None = None,
+    *,
+    num_processes: int,
+    device: str,
+    environment: Mapping[str, str] | None = None,
+) -> Allocation:
     """The allocation this process stands in.
 
     Args:
-        num_processes: processes on this machine; 0 means one per GPU, or one when there is none.
+        cluster: who names the nodes, and how many there must be. None is for callers that start ranks on this machine
+            alone: other nodes are refused then.
+        num_processes: processes on each node; 0 means those of the hostfile, or one per GPU, or one when there is none.
         device: "cuda", "cpu" or "auto".
         environment: variables to look at instead of the process's own, for tests.
 
     Raises:
-        UserError: the scheduler gave several nodes, or GPUs are wanted and there is none.
+        UserError: what the scheduler or hostfile says is contradictory or not what was asked for, GPUs are wanted and
+            there are none or too few, or nobody can tell what the nodes have.
     """
     variables = os.environ if environment is None else environment
-    for name, scheduler in _NODE_COUNTS.items():
-        if variables.get(name, "1").isdigit() and int(variables.get(name, "1")) > 1:
-            raise UserError(
-                f"{scheduler} gave this job {variables[name]} nodes ({name}); this version launches on one node and"
-                " would leave the others idle: ask for one node."
-            )
-    gpus = 0 if device == "cpu" else count_gpus(variables)
-    if device == "cuda" and gpus == 0:
+    settings = cluster or ClusterSettings(launcher="local")
+    nodes = schedulers.find_nodes(settings, variables)
+    if nodes.source == "none":
+        this_host: str | None = nodes.hosts[0]
+    else:
+        this_host = this_machine.name_among(nodes.hosts, own_name=nodes.own_name)
+    refuse(_unreachable(settings, nodes, this_host))
+    visible = None if this_host is None else 0 if device == "cpu" else count_gpus(variables)
+    kind = _device(nodes, device, visible)
+    processes, why = _processes(nodes, num_processes, kind, visible)
+    if nodes.source == "none":
+        found = f"{visible} GPUs" if kind == "cuda" else ("no GPU" if device == "auto" else "--device cpu")
+        asked = "as asked" if num_processes else "one per GPU" if visible else "one without GPUs"
+        told = f"({found}; processes: {processes}, {asked})"
+    else:
+        each = " each" if len(nodes.hosts) > 1 else ""
+        told = f"{fold(nodes.hosts)}, {processes} process{'es' if processes > 1 else ''}{each} ({why})"
+    separator = " " if nodes.source == "none" else ": "
+    reason = "; ".join((f"{nodes.where}{separator}{told}", *nodes.notes))
+    return Allocation(nodes.hosts, processes, kind, reason, nodes.source, nodes.job_id, this_host)
+
+
+def _unreachable(settings: ClusterSettings, nodes: Nodes, this_host: str | None) -> Iterator[str]:
+    if settings.launcher != "local":
+        return
+    idle = "or pass --nodes_from none to run on this machine alone"
+    if len(nodes.hosts) > 1:
+        yield (
+            f"{nodes} has {len(nodes.hosts)} nodes, and --launcher local starts processes on this machine only: choose"
+            f" another --launcher, {idle} and leave the others idle."
+        )
+    elif this_host is None:
+        yield (
+            f"{nodes} is another machine, and --launcher local starts processes on this one only: choose another"
+            f" --launcher, {idle}."
+        )
+
+
+def _device(nodes: Nodes, device: str, visible: int | None) -> str:
+    """ "cuda" or "cpu", by what is seen on this machine when it is one of the nodes (else `visible` is None)."""
+    if device == "cpu":
+        return "cpu"
+    if device == "cuda" and visible == 0:
         raise UserError("--device cuda: nvidia-smi shows no GPU on this machine; use --device cpu or another machine.")
-    found = f"{gpus} GPUs" if gpus else ("no GPU" if device == "auto" else "--device cpu")
-    processes = num_processes or max(gpus, 1)
-    if gpus and processes > gpus:
-        raise UserError(f"--num_processes {processes}: this machine has {gpus} GPUs, one process each; ask for fewer.")
-    asked = "as asked" if num_processes else "one per GPU" if gpus else "one without GPUs"
-    reason = f"this machine only ({found}; processes: {processes}, {asked})"
-    return Allocation((socket.gethostname(),), processes, "cuda" if gpus else "cpu", reason)
+    if device == "cuda":
+        return "cuda"
+    if visible is None:
+        if nodes.gpus is None:
+            raise UserError(
+                f"--device auto: this machine is not one of the nodes ({nodes}), so whether they have GPUs cannot be"
+                " seen from here: say --device cuda or --device cpu."
+            )
+        return "cuda" if nodes.gpus else "cpu"
+    if visible == 0 and nodes.gpus:
+        raise UserError(
+            f"{nodes} has {nodes.gpus} GPUs on each node ({nodes.origin}), but nvidia-smi shows none on this one: see"
+            " to its driver, or say --device cpu."
+        )
+    return "cuda" if visible else "cpu"
+
+
+def _processes(nodes: Nodes, num_processes: int, device: str, visible: int | None) -> tuple[int, str]:
+    """Processes on each node, and where the number comes from."""
+    if device == "cpu":
+        if not num_processes and nodes.slots:
+            return nodes.slots, f"{nodes.origin}, on the CPU"
+        return num_processes or 1, f"{'--num_processes' if num_processes else 'one per node'}, on the CPU"
+    known = [count for count in (visible, nodes.gpus) if count]
+    gpus = min(known) if known else None
+    wanted = num_processes or nodes.slots
+    if wanted:
+        flag = "--num_processes" if num_processes else f"{nodes.where}: slots"
+        if gpus and wanted > gpus:
+            who = "this machine has" if gpus == visible else f"{nodes.where} has"
+            raise UserError(f"{flag} {wanted}: {who} {gpus} GPUs, one process each; ask for fewer.")
+        return wanted, "--num_processes" if num_processes else nodes.origin
+    if gpus is None:
+        raise UserError(
+            f"--device cuda: this machine is not one of the nodes ({nodes}), so their GPUs cannot be counted from here:"
+            " say --num_processes, or write slots into the hostfile."
+        )
+    if visible and nodes.gpus and visible < nodes.gpus:
+        raise UserError(
+            f"{nodes} has {nodes.gpus} GPUs on each node ({nodes.origin}), but nvidia-smi shows {visible} on this one:"
+            " see to the missing ones, or say how many to use with --num_processes."
+        )
+    return gpus, nodes.origin if gpus == nodes.gpus else "one per GPU that nvidia-smi shows here"
 
 
 def count_gpus(variables: Mapping[str, str]) -> int:
