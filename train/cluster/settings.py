@@ -39,7 +39,8 @@ class ClusterSettings:
     ssh_config: Path | None = setting(None, help="OpenSSH configuration to use; made for the run when not given")
     ssh_port: int = setting(22, help="port of the nodes' ssh servers (ABCI: 2222)")
     network_interface: str | None = setting(
-        None, help="interface for the ranks' traffic, such as ib0; found from the route between the nodes when not given"
+        None,
+        help="interface for the ranks' traffic, such as ib0; found from the route between the nodes when not given",
     )
     modules: tuple[str, ...] = setting((), help="environment modules to load on every node, such as cuda/12.8")
     node_setup: Path | None = setting(None, help="a bash file that every node sources before anything else")
@@ -107,6 +108,12 @@ class SubmitSettings:
                 yield f"--{name} {getattr(self, name)}: it must be 0 or more."
         if self.wall_time and wall_time_s(self.wall_time) is None:
             yield f"--wall_time {self.wall_time}: [DAYS-]HOURS:MINUTES:SECONDS was expected, such as 12:00:00."
+        seconds = wall_time_s(self.wall_time) or 0
+        if seconds and self.save_margin_min * 60 >= seconds:
+            yield (
+                f"--save_margin_min {self.save_margin_min:g} leaves nothing of --wall_time {self.wall_time} to train"
+                " in: shorten the one or lengthen the other."
+            )
         if self.num_jobs > 1 and not self.wall_time:
             yield f"--num_jobs {self.num_jobs} needs --wall_time: a job must know when to save and make way."
 
