@@ -46,7 +46,7 @@ def test_the_script_is_as_reviewed(name):
     more = {"first_arguments": ("--overwrite",), "required": Path("/shared/out/job/before.exit")}
     run = "gpt_0.1B" if scheduler == "gridengine" else "gpt 0.1B"
     text = job_script.build(scheduler, job, task(name=run, **(more if name == "gridengine" else {})))
-    golden = GOLDEN / f"job_{name}.sh"
+    golden = GOLDEN / f"job_{name}.txt"
     if os.environ.get("ACCEPT_GOLDEN"):
         golden.write_text(text)
     assert text == golden.read_text(), f"if this is meant: ACCEPT_GOLDEN=1, and read the difference in {golden}"
