@@ -26,6 +26,8 @@ _CONFIGURATION = """\
 ClusterName=test
 SlurmctldHost={head}
 SlurmUser=root
+# also how long a job that went back into the queue waits there at least
+AuthInfo=cred_expire=10
 StateSaveLocation={folder}/state
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd_%n.log
