@@ -18,10 +18,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train import manifest, outcome, outputs, process, resume, run_identity, same_run, settings
+from train import manifest, outcome, outputs, resume, run_identity, same_run, settings
 from train.checkpoint_folders import remove_leftovers, remove_universal
 from train.checkpoint_size import DiskNeed, disk_need
 from train.cluster import allocation as allocations
+from train.cluster import launch
 from train.cluster.allocation import Allocation
 from train.cluster.settings import ClusterSettings, SubmitSettings
 from train.deepspeed_ops import remove_stale_locks
@@ -46,7 +47,9 @@ def pretrain(recipe: PretrainRecipe) -> int:
 
         return rehearse(recipe)
     run_folder = RunFolder.of(recipe)
-    allocation = allocations.find(num_processes=recipe.parallel.num_processes, device=recipe.parallel.device)
+    allocation = allocations.find(
+        recipe.cluster, num_processes=recipe.parallel.num_processes, device=recipe.parallel.device
+    )
     if recipe.dry_run:
         return _dry_run(recipe, allocation, run_folder)
     started = time.time()
@@ -75,7 +78,7 @@ def pretrain(recipe: PretrainRecipe) -> int:
             _remove(run_folder)
         record = run_identity.with_stretches(identity, stretches)
         outputs.write_text(run_folder.identity, json.dumps(record, indent=2) + "\n")
-        _train(command, run_folder)
+        _train(_plan(command, recipe, engine, allocation, run_folder), run_folder)
         remove_universal(run_folder.checkpoint_dir)
         reached = run_folder.latest_step() or 0
         if reached < recipe.train_steps:  # --exit-duration-in-mins and the like end the ranks without an error
@@ -98,14 +101,30 @@ def pretrain(recipe: PretrainRecipe) -> int:
     return 0
 
 
-def _train(command: Command, run_folder: RunFolder) -> None:
+def _plan(
+    command: Command, recipe: PretrainRecipe, engine: str, allocation: Allocation, run_folder: RunFolder
+) -> launch.Plan:
+    """The launch on all nodes, which must see the data, the tokenizer and the engine as this one does."""
+    data = [Path(f"{word}.idx") for word in recipe.data.data_path if Path(f"{word}.idx").is_file()]
+    return launch.plan(
+        command,
+        allocation,
+        recipe.cluster,
+        launch_dir=run_folder.launch_dir,
+        job_name=run_folder.job_name,
+        paths=[run_folder.root, recipe.data.input_tokenizer_file, *data],
+        engine_dir=choose.checkout_dir(engine),
+    )
+
+
+def _train(plan: launch.Plan, run_folder: RunFolder) -> None:
     """Runs the ranks from the newest whole checkpoint on."""
     remove_leftovers(run_folder.checkpoint_dir)
     progress.cut_after(run_folder.metrics, run_folder.latest_step() or 0)
     run_folder.outcome.unlink(missing_ok=True)
     log = run_folder.log(socket.gethostname(), time.strftime("%Y.%m.%d_%H.%M.%S"))
-    exit_status = process.run(command, log=log)
-    outcome.check(run_folder.outcome, exit_status, log=log)
+    end = launch.run(plan, log=log)
+    outcome.check(run_folder.outcome, end.exit_status, log=log, cause=end.text)
 
 
 def check_data(recipe: PretrainRecipe) -> tuple[BlendPart, ...]:
@@ -183,7 +202,7 @@ def _dry_run(recipe: PretrainRecipe, allocation: Allocation, run_folder: RunFold
     _announce(recipe, engine, reason, allocation, run_folder)
     for file, text in command.files.items():
         print(f"\n# {file}\n{text.rstrip()}")
-    print(f"\n{command.text()}")
+    print(f"\n{_plan(command, recipe, engine, allocation, run_folder).text()}")
     return 0
 
 

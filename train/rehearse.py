@@ -23,6 +23,7 @@ from typing import Any
 from train import same_run
 from train.cluster import allocation as allocations
 from train.cluster.allocation import Allocation
+from train.cluster.settings import ClusterSettings, SubmitSettings
 from train.engine import choose
 from train.engine.megatron_deepspeed import pass_through
 from train.errors import EXIT_INTERRUPTED, EXIT_USER, UserError, VerificationError, refuse, user_message
@@ -166,6 +167,8 @@ def shrink(recipe: PretrainRecipe, *, world_size: int, output_dir: Path) -> Rehe
         logging=dataclasses.replace(
             recipe.logging, log_interval=1, use_wandb=False, wandb_entity=None, wandb_project=None, wandb_group=None
         ),
+        cluster=ClusterSettings(nodes_from="none", starter=recipe.cluster.starter),
+        job=SubmitSettings(),
         rehearse=False,
         overwrite=False,
     )

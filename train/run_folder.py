@@ -8,6 +8,7 @@ output_model_dir/
     metrics/JOB.jsonl                one JSON object per progress line
     deepspeed_config/JOB.json        rendered from the recipe
     log/JOB_HOST_TIME.log            everything the ranks printed
+    launch/JOB/                      the environment script by which every node starts, and the ssh configuration
     tensorboard/JOB/
     wandb/
 """
@@ -104,6 +105,11 @@ class RunFolder:
     def extensions_dir(self) -> Path:
         """Where DeepSpeed compiles its ops: the run's own, so that a killed build cannot hang another run."""
         return self.root / "torch_extensions"
+
+    @property
+    def launch_dir(self) -> Path:
+        """What a launch needs while it runs: environment script, ssh configuration (`train.cluster.launch`)."""
+        return self.root / "launch" / self.job_name
 
     @property
     def data_cache_dir(self) -> Path:

@@ -1,6 +1,6 @@
-"""How ranks are started on an allocation: torchrun's argv and the environment that every rank gets.
+"""What every rank runs: its argv, and the environment that does not depend on which rank it is.
 
-argv = torchrun("train.engine.transformers.worker", allocation)
+argv = rank_argv("train.engine.transformers.worker")
 environment = rank_environment(allocation, extensions_dir=run_folder.extensions_dir)
 """
 
@@ -13,10 +13,9 @@ from pathlib import Path
 from train.cluster.allocation import Allocation
 
 
-def torchrun(module: str, allocation: Allocation) -> list[str]:
-    """The beginning of the command that runs `module` in every rank; the module's own arguments follow."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*launcher, "--nproc_per_node", str(allocation.processes_per_host), "-m", module]
+def rank_argv(module: str) -> list[str]:
+    """The beginning of the command that runs `module` in a rank; the module's own arguments follow."""
+    return [sys.executable, "-m", module]
 
 
 def rank_environment(allocation: Allocation, *, extensions_dir: Path) -> dict[str, str]:
@@ -32,7 +31,7 @@ def rank_environment(allocation: Allocation, *, extensions_dir: Path) -> dict[st
         "TOKENIZERS_PARALLELISM": "false",
         "TORCH_EXTENSIONS_DIR": str(extensions_dir.absolute()),
     }
-    if "OMP_NUM_THREADS" not in os.environ:  # torchrun would set 1, and an offloaded optimizer would crawl
+    if "OMP_NUM_THREADS" not in os.environ:  # all cores for each rank would be too many, and one would crawl
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // allocation.processes_per_host))
     if allocation.device == "cpu":
         environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}

@@ -9,6 +9,7 @@ The engines are neighbours: each is a folder whose `prepare` module offers
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Protocol, cast
 
 from train.cluster.allocation import Allocation
@@ -71,6 +72,14 @@ def commit(name: str) -> str | None:
 
     found = checkout.find_checkout() if name == MEGATRON else None
     return found.commit if found else None
+
+
+def checkout_dir(name: str) -> Path | None:
+    """Where the engine's checkout is, for an engine that has one."""
+    from train.engine.megatron_deepspeed import checkout
+
+    found = checkout.find_checkout() if name == MEGATRON else None
+    return found.path if found else None
 
 
 def uses_deepspeed(name: str, recipe: PretrainRecipe) -> bool:

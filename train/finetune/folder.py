@@ -100,6 +100,11 @@ class FinetuneFolder:
         return self.root / "outcome.json"
 
     @property
+    def launch_dir(self) -> Path:
+        """What a launch needs while it runs (`train.cluster.launch`)."""
+        return self.root / "launch"
+
+    @property
     def extensions_dir(self) -> Path:
         return self.root / "torch_extensions"
 

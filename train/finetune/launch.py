@@ -20,12 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train import manifest, outcome, outputs, process, same_run
+from train import manifest, outcome, outputs, same_run
 from train import settings as settings_module
 from train.checkpoint import lineage, verification
 from train.cluster import allocation as allocations
+from train.cluster import launch
 from train.cluster.allocation import Allocation
-from train.cluster.ranks import rank_environment, torchrun
+from train.cluster.ranks import rank_argv, rank_environment
 from train.deepspeed_ops import remove_stale_locks
 from train.errors import UserError, refuse
 from train.finetune import deepspeed_config, inputs
@@ -67,7 +68,7 @@ def finetune(settings: FinetuneSettings) -> int:
     """
     settings = settings.with_line_ends()
     folder = FinetuneFolder(settings.output_dir.absolute())
-    where = allocations.find(num_processes=settings.num_processes, device=settings.device)
+    where = allocations.find(settings.cluster, num_processes=settings.num_processes, device=settings.device)
     if settings.dry_run:
         return _dry_run(settings, where, folder)
     started = time.time()
@@ -118,12 +119,8 @@ def _plain(settings: FinetuneSettings) -> dict[str, Any]:
 
 
 def build_command(settings: FinetuneSettings, where: Allocation, folder: FinetuneFolder) -> Command:
-    """The command that trains on `where`: one process plainly, several or DeepSpeed through torchrun."""
-    config = _deepspeed_file(settings, folder)
-    module = "train.finetune.worker"
-    alone = where.world_size == 1 and config is None
-    argv = [sys.executable, "-m", module] if alone else torchrun(module, where)
-    argv += ["--output_dir", str(folder.output)]
+    """What every rank runs on `where`."""
+    argv = [*rank_argv("train.finetune.worker"), "--output_dir", str(folder.output)]
     environment = rank_environment(where, extensions_dir=folder.extensions_dir)
     environment["HF_HUB_OFFLINE"] = "1"  # all is here by now; ranks need not ask
     if where.device == "cuda" and where.world_size == 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
@@ -135,6 +132,19 @@ def build_command(settings: FinetuneSettings, where: Allocation, folder: Finetun
     return Command(tuple(argv), environment, files=files)
 
 
+def _launch_plan(settings: FinetuneSettings, where: Allocation, folder: FinetuneFolder) -> launch.Plan:
+    """The launch on all nodes. One process without DeepSpeed is a plain one, which knows of no ranks."""
+    return launch.plan(
+        build_command(settings, where, folder),
+        where,
+        settings.cluster,
+        launch_dir=folder.launch_dir,
+        job_name=str(folder.output),
+        paths=[folder.root],
+        is_distributed=where.world_size > 1 or _deepspeed_file(settings, folder) is not None,
+    )
+
+
 def _dry_run(settings: FinetuneSettings, where: Allocation, folder: FinetuneFolder) -> int:
     command = build_command(settings, where, folder)
     print(f"where: {where.reason}")
@@ -142,7 +152,7 @@ def _dry_run(settings: FinetuneSettings, where: Allocation, folder: FinetuneFold
     print(f"output: {folder.output}")
     for file, text in command.files.items():
         print(f"\n# {file}\n{text.rstrip()}")
-    print(f"\n{command.text()}")
+    print(f"\n{_launch_plan(settings, where, folder).text()}")
     return 0
 
 
@@ -325,8 +335,8 @@ def _train(plan: Plan, where: Allocation, folder: FinetuneFolder) -> None:
     print(f"batch: {_layout(plan.finetune, where)}", flush=True)
     remove_stale_locks(folder.extensions_dir)
     log = folder.log(socket.gethostname(), time.strftime("%Y.%m.%d_%H.%M.%S"))
-    status = process.run(build_command(plan.finetune, where, folder), log=log)
-    outcome.check(folder.outcome, status, log=log)
+    end = launch.run(_launch_plan(plan.finetune, where, folder), log=log)
+    outcome.check(folder.outcome, end.exit_status, log=log, cause=end.text)
 
 
 def _prove(folder: FinetuneFolder) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 
 from train import settings
 from train.cluster.allocation import Allocation
-from train.cluster.ranks import rank_environment, torchrun
+from train.cluster.ranks import rank_argv, rank_environment
 from train.engine.megatron_deepspeed import checkout, other_versions, pass_through
 from train.engine.megatron_deepspeed.arguments import megatron_arguments
 from train.engine.megatron_deepspeed.checks import problems
@@ -36,7 +36,7 @@ def prepare(recipe: PretrainRecipe, allocation: Allocation, run_folder: RunFolde
         run_folder.recipe: settings.to_yaml(recipe),
         run_folder.deepspeed_config: json.dumps(deepspeed_config(recipe), indent=2) + "\n",
     }
-    argv = torchrun("train.engine.megatron_deepspeed.worker", allocation)
+    argv = rank_argv("train.engine.megatron_deepspeed.worker")
     argv += ["--recipe", str(run_folder.recipe), "--engine_commit", found.commit, "--", *arguments]
     return Command(tuple(argv), _environment(recipe, allocation, run_folder, found), files=files)
 
@@ -74,6 +74,6 @@ def _environment(
     if recipe.parallel.sequence_parallel:
         environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # upstream refuses to overlap communication otherwise
     if allocation.device == "cpu":
-        # DeepSpeed's CPU accelerator takes this for the number of devices; its own launcher sets it, torchrun does not
+        # DeepSpeed's CPU accelerator takes this for the number of devices; its own launcher sets it, no other does
         environment["LOCAL_SIZE"] = str(allocation.processes_per_host)
     return environment

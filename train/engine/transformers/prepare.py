@@ -1,4 +1,4 @@
-"""The transformers engine's launch: torchrun on this machine, one worker per rank."""
+"""What the transformers engine runs in every rank, and what keeps it from it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 
 from train import settings
 from train.cluster.allocation import Allocation
-from train.cluster.ranks import rank_environment, torchrun
+from train.cluster.ranks import rank_argv, rank_environment
 from train.engine.transformers.deepspeed_config import deepspeed_config
 from train.errors import refuse
 from train.process import Command
@@ -26,7 +26,7 @@ def prepare(recipe: PretrainRecipe, allocation: Allocation, run_folder: RunFolde
     config = deepspeed_config(recipe, allocation)
     if config is not None:
         files[run_folder.deepspeed_config] = json.dumps(config, indent=2) + "\n"
-    argv = [*torchrun("train.engine.transformers.worker", allocation), "--recipe", str(run_folder.recipe)]
+    argv = [*rank_argv("train.engine.transformers.worker"), "--recipe", str(run_folder.recipe)]
     environment = rank_environment(allocation, extensions_dir=run_folder.extensions_dir)
     return Command(tuple(argv), environment, files=files)
 

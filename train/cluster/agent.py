@@ -1,0 +1,136 @@
+"""What runs once on each node: it reports for duty, starts the node's ranks, watches them, and ends with the run.
+
+    bash RUN/launch/node.sh --node node2      ->      python -m train.cluster.agent --launch_dir RUN/launch --node node2
+
+The launcher's half is `train.cluster.coordinator`. Whoever dies - a rank, an agent, the launcher, the network between
+them - the others know within seconds and nothing is left running.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from train.cluster import network
+from train.cluster.channel import Channel, ChannelError, connect
+from train.cluster.node_ranks import NodeRanks, Order
+from train.errors import EXIT_FAILURE, EXIT_USER
+
+INVITATION = "invitation.json"
+_ALIVE_EVERY_S = 1.0
+_POLL_S = 0.2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serves one run on this node; returns the run's exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--launch_dir", type=Path, required=True)
+    parser.add_argument("--node", help="this node's name or number among the run's nodes")
+    own = parser.parse_args(argv)
+    name = os.uname().nodename
+    try:
+        invitation = json.loads((own.launch_dir / INVITATION).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        print(f"error: {name}: {own.launch_dir / INVITATION}: {error}: the run has ended, or its folder is not shared")
+        return EXIT_USER
+    try:
+        channel = connect(invitation["addresses"], invitation["port"], invitation["key"])
+    except ChannelError as error:
+        print(f"error: {name}: {error}: open the launcher's ports to this node, or set --network_interface", flush=True)
+        return EXIT_FAILURE
+    return _Agent(channel, float(invitation["node_timeout_s"])).serve(own.node or _own_number() or name, invitation)
+
+
+def _own_number() -> str | None:
+    """This node's number among the nodes, as srun and mpirun tell it."""
+    return os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("SLURM_NODEID")
+
+
+class _Agent:
+    def __init__(self, channel: Channel, node_timeout_s: float) -> None:
+        self._channel = channel
+        self._node_timeout_s = node_timeout_s
+        self._signals: list[int] = []
+        self._ranks: NodeRanks | None = None
+        self._has_ended = False
+        self._heard = self._told = time.monotonic()
+
+    def serve(self, node: str, invitation: dict[str, Any]) -> int:
+        from train.cluster import facts
+
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda number, _frame: self._signals.append(number))
+        status = EXIT_FAILURE
+        try:
+            self._channel.send({"kind": "hello", "node": node, "facts": facts.collect(invitation)})
+            answer = None
+            while answer is None:
+                answer = self._turn()
+            status = answer
+        except ChannelError as error:
+            print(f"error: {os.uname().nodename}: the launcher is gone ({error})", flush=True)
+        finally:
+            if self._ranks is not None:
+                self._ranks.kill()
+        return status
+
+    def _turn(self) -> int | None:
+        """One round of listening and telling; the run's exit status once it is over."""
+        ranks = self._ranks
+        sources: list[Any] = [self._channel, *(ranks.pipes() if ranks is not None else ())]
+        ready, _, _ = select.select(sources, [], [], _POLL_S)
+        if ranks is not None:
+            ranks.copy_output(ready)
+        if self._channel in ready:
+            message = self._channel.receive(self._node_timeout_s)
+            self._heard = time.monotonic()
+            if message["kind"] == "over":
+                return int(message["status"])
+            self._obey(message)
+        now = time.monotonic()
+        if now - self._heard > self._node_timeout_s:
+            raise ChannelError(f"no sign for {self._node_timeout_s:g} s")
+        if now - self._told > _ALIVE_EVERY_S:
+            self._told = now
+            self._channel.send({"kind": "alive"})
+        while self._signals:
+            self._channel.send({"kind": "asked", "number": self._signals.pop(0)})
+        if self._ranks is not None:
+            for failure in self._ranks.new_failures():
+                self._channel.send({"kind": "failed", **failure})
+            if not self._ranks.are_running() and not self._has_ended:
+                self._has_ended = True
+                self._channel.send({"kind": "ended"})
+        return None
+
+    def _obey(self, message: dict[str, Any]) -> None:
+        if message["kind"] == "start":
+            order = Order(**message["order"])
+            self._ranks = NodeRanks(order, _interface(order))
+        elif message["kind"] == "signal" and self._ranks is not None:
+            self._ranks.signal(message["number"])
+        elif message["kind"] == "end":
+            if self._ranks is not None:
+                self._ranks.end_within(message["grace_s"])
+            else:
+                self._channel.send({"kind": "ended"})
+
+
+def _interface(order: Order) -> str | None:
+    """The interface of the ranks' traffic, by this node's own name for it."""
+    if order.interface is not None:
+        return order.interface
+    return None if order.peer is None else network.interface_to(order.peer)
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    raise SystemExit(main())

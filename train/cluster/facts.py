@@ -1,0 +1,105 @@
+"""What a node tells of itself before its GPUs are taken, in a fraction of a second: nothing heavy is imported.
+
+`collect` runs in the agent; `train.cluster.preflight` holds the nodes' facts against each other.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from train import process
+from train.cluster import network
+from train.process import Command
+
+_PACKAGES = ("deepspeed", "transformers", "accelerate", "trl", "numpy", "sentencepiece", "flash-attn", "apex")
+
+
+def collect(invitation: dict[str, Any]) -> dict[str, Any]:
+    """This node's facts as plain data.
+
+    Args:
+        invitation: what the launcher wrote for its agents: the job's name, the paths that every node must see, and
+            the interface, if one was asked for.
+    """
+    versions = {name: _version(name) for name in _PACKAGES}
+    torch = _torch()
+    gpus = _gpus()
+    interface = invitation.get("interface")
+    return {
+        "host": os.uname().nodename,
+        "clock": time.time(),
+        "free_port": network.free_port(str(invitation.get("job", ""))),
+        "interface_address": network.interface_address(interface) if interface else None,
+        "interpreter": sys.executable,
+        "python": platform.python_version(),
+        "torch": torch.get("version"),
+        "CUDA": torch.get("cuda"),
+        "NCCL": next((found for name in ("cu13", "cu12", "cu11") if (found := _version(f"nvidia-nccl-{name}"))), None),
+        **{name: version for name, version in versions.items() if version},
+        "engine": _engine_commit(invitation.get("engine_dir")),
+        "driver": gpus[0][1] if gpus else None,
+        "GPU": gpus[0][0] if gpus else None,
+        "GPUs": len(gpus),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "open files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        "locked memory": resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
+        "temporary folder": tempfile.gettempdir(),
+        "free MiB there": shutil.disk_usage(tempfile.gettempdir()).free >> 20,
+        "unseen": [path for path in invitation.get("paths", ()) if not Path(path).exists()],
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _torch() -> dict[str, str]:
+    """torch's version and its CUDA, read from its version.py: importing torch would take seconds."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return {}
+    file = Path(spec.origin).with_name("version.py")
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    found = {}
+    for key, pattern in (("version", r"__version__ = '([^']+)'"), ("cuda", r"^cuda(?:: [^=]+)? = '([^']+)'")):
+        match = re.search(pattern, text, re.MULTILINE)
+        if match is not None:
+            found[key] = match[1]
+    return found
+
+
+def _gpus() -> list[tuple[str, str]]:
+    """Name and driver version of each GPU that this process may use."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return []
+    command = Command(("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"))
+    status, text = process.capture(command, timeout_s=30)
+    if status != 0:
+        return []
+    rows = [line.rpartition(",") for line in text.splitlines() if "," in line]
+    found = [(name.strip(), driver.strip()) for name, _, driver in rows]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return found if visible is None else found[: len([word for word in visible.split(",") if word.strip()])]
+
+
+def _engine_commit(folder: str | None) -> str | None:
+    """The engine's commit as this node sees it."""
+    if folder is None:
+        return None
+    status, text = process.capture(Command(("git", "-C", folder, "rev-parse", "HEAD")))
+    return text.strip() if status == 0 else f"none in {folder}"
+
