@@ -147,6 +147,12 @@ def test_a_grid_engine_job_without_parallel_environment_is_its_one_host(write):
         ("-oA 1 q x\n", None, {}, "'-oA' in PE_HOSTFILE cannot be host names"),
         ("node1 1 q x\nnode2 1 q x\n", "node1\nnode3\n", {}, "names node1, node2, but SGE_JOB_HOSTLIST node1, node3"),
         (None, "\n", {}, "SGE_JOB_HOSTLIST names .*, which is empty"),
+        (
+            None,
+            None,
+            {"SGE_TASK_ID": "undefined", "PE": "mpi", "NHOSTS": "1"},
+            r"\(mpi\), but no PE_HOSTFILE: this is one",
+        ),
         (None, None, {"NHOSTS": "many"}, "NHOSTS is 'many', a number"),
     ],
 )
@@ -186,7 +192,10 @@ def test_a_pbs_job_that_contradicts_itself_is_refused(text, variables, message, 
 def test_mpirun_of_one_process_is_this_machine():
     found = nodes(OMPI_COMM_WORLD_SIZE="1", OMPI_COMM_WORLD_LOCAL_SIZE="1", OMPI_COMM_WORLD_RANK="0")
     assert (found.source, found.hosts) == ("openmpi", (socket.gethostname(),))
-    assert nodes(**SLURM, OMPI_COMM_WORLD_SIZE="1").source == "slurm"
+    several = {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_MCA_orte_num_nodes": "2"}
+    with pytest.raises(UserError, match=r"mpirun has 2 nodes \(OMPI_MCA_orte_num_nodes\) and does not tell .* names"):
+        nodes(**several)
+    assert nodes(**SLURM, **several).hosts == ("node1", "node2")
 
 
 @pytest.mark.parametrize(("here", "message"), [("2", "nodes? "), ("4", "on this machine; this is number 1")])

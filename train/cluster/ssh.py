@@ -127,4 +127,4 @@ def _quoted(path: Path) -> str:
 
 
 _HEADER = """\
-# Made for one run by create_ssh_config_file: ssh -F THIS_FILE HOST. The first value given wins (ssh_config(5))."""
+# The ssh configuration of one run: ssh -F THIS_FILE HOST. The first value given wins (ssh_config(5))."""

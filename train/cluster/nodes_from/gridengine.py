@@ -29,6 +29,11 @@ def find(variables: Mapping[str, str]) -> Nodes | Absent:
     if job_id and variables.get("SGE_TASK_ID", "undefined").isdigit():
         job_id = f"{job_id}.{variables['SGE_TASK_ID']}"
     where = f"Grid Engine job {job_id or 'without JOB_ID'}"
+    if in_a_job and "PE" in variables and not any(name in variables for name in _MARKS[:2]):
+        raise UserError(
+            f"{where} has a parallel environment ({variables['PE']}), but no PE_HOSTFILE: this is one of its tasks, as"
+            f" qrsh -inherit starts them, not the job itself; call the launcher once, in the job script, or {WAY_OUT}"
+        )
     num_hosts = count_of("NHOSTS", variables["NHOSTS"], where) if "NHOSTS" in variables else None
     slots: dict[str, int] = {}
     listed: tuple[str, ...] = ()

@@ -1,5 +1,6 @@
 """What a process can know inside mpirun: how many copies of it run, here and in all, but not on which hosts.
 
+OpenMPI 4 has them in an internal variable, among others that do not count; the manuals and OpenMPI 5 know none.
 So `mpirun -n 1` of a launcher is this machine, and several copies are refused: each of them would start the whole run.
 OpenMPI as a way to reach nodes is `--launcher openmpi`.
 """
@@ -10,14 +11,26 @@ import socket
 from collections.abc import Mapping
 
 from train.cluster.nodes import Absent, Nodes
+from train.errors import UserError
 
 _SIZE, _LOCAL_SIZE, _RANK = "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_RANK"
+_NODES_OF_OPENMPI_4 = "OMPI_MCA_orte_num_nodes"
+_WAY_OUT = "call it once, without mpirun; --hostfile names the nodes, --launcher openmpi reaches them through mpirun."
 
 
 def find(variables: Mapping[str, str]) -> Nodes | Absent:
-    """This machine, when mpirun started this process alone; `copies` tells of the other case."""
+    """This machine, when mpirun started this process alone; `copies` tells of the other case.
+
+    Raises:
+        UserError: mpirun has other nodes besides.
+    """
     if _SIZE not in variables:
         return Absent(f"not started by OpenMPI's mpirun ({_SIZE} is not set)")
+    num_nodes = variables.get(_NODES_OF_OPENMPI_4, "1")
+    if num_nodes not in ("", "1"):
+        raise UserError(
+            f"mpirun has {num_nodes} nodes ({_NODES_OF_OPENMPI_4}) and does not tell this launcher their names: {_WAY_OUT}"
+        )
     return Nodes("openmpi", "mpirun of one process", (socket.gethostname(),))
 
 
@@ -31,6 +44,5 @@ def copies(variables: Mapping[str, str]) -> str | None:
     )
     return (
         f"mpirun started {size} copies of this launcher {nodes}; this is number {variables.get(_RANK, '?')}, and each"
-        " would start the whole run: call it once, without mpirun; --hostfile names the nodes, --launcher openmpi"
-        " reaches them through mpirun."
+        f" would start the whole run: {_WAY_OUT}"
     )
