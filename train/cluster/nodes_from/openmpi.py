@@ -29,7 +29,8 @@ def find(variables: Mapping[str, str]) -> Nodes | Absent:
     num_nodes = variables.get(_NODES_OF_OPENMPI_4, "1")
     if num_nodes not in ("", "1"):
         raise UserError(
-            f"mpirun has {num_nodes} nodes ({_NODES_OF_OPENMPI_4}) and does not tell this launcher their names: {_WAY_OUT}"
+            f"mpirun has {num_nodes} nodes ({_NODES_OF_OPENMPI_4}) and does not tell this launcher their names:"
+            f" {_WAY_OUT}"
         )
     return Nodes("openmpi", "mpirun of one process", (socket.gethostname(),))
 
