@@ -31,7 +31,7 @@ _OUR_SETTINGS = """\
     StrictHostKeyChecking accept-new
     UserKnownHostsFile {known_hosts} ~/.ssh/known_hosts
     ConnectTimeout {connect_timeout_s}
-    # a node that goes away answers no more, and TCP alone waits a quarter of an hour: this ends ssh after 15 s
+    # a node that goes away answers no more, and TCP alone waits a quarter of an hour: this ends ssh within 20 s
     ServerAliveInterval 5
     ServerAliveCountMax 3
     # a shared connection outlives its command, and forwarded ports are taken once several nodes are reached at once
