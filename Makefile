@@ -1,11 +1,12 @@
 # make demo   installs into .venv and runs the five steps on this machine's CPU
-# make test   installs into .venv and runs all tests
+# make test   installs into .venv and runs all tests but the next
+# make test-system  runs the tests on real clusters made on this machine: wants root and Debian's packages
 # make lint   ruff, mypy and ShellCheck only
 # make clean  removes .venv and caches, not output/
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
-.PHONY: help install demo test test-fast lint clean
+.PHONY: help install demo test test-fast test-system lint clean
 
 PYTHON3 ?= python3
 VENV_PYTHON := .venv/bin/python
@@ -28,10 +29,14 @@ demo: install
 	@scripts/common/demo.sh
 
 test: install
-	@"$(VENV_PYTHON)" -m pytest -n 2 --dist loadgroup
+	@"$(VENV_PYTHON)" -m pytest -n 2 --dist loadgroup -m "not system"
 
 test-fast: install
-	@"$(VENV_PYTHON)" -m pytest -n 2 --dist loadgroup -m "not slow"
+	@"$(VENV_PYTHON)" -m pytest -n 2 --dist loadgroup -m "not slow and not system"
+
+# one after the other: all share the same hosts
+test-system: install
+	@"$(VENV_PYTHON)" -m pytest tests/system -m system
 
 lint: install
 	@"$(VENV_PYTHON)" -m pytest tests/test_lint.py

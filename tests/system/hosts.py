@@ -82,11 +82,8 @@ class Hosts:
         self._hosts: dict[str, Host] = {}
 
     def __enter__(self) -> Hosts:
-        try:
-            self._start()
-        except BaseException:
-            self.close()
-            raise
+        if not self._hosts:
+            self.start()
         return self
 
     def __exit__(
@@ -96,6 +93,18 @@ class Hosts:
 
     def __getitem__(self, name: str) -> Host:
         return self._hosts[name]
+
+    def start(self) -> None:
+        """Makes the hosts; entering the context does so too.
+
+        Raises:
+            NotPossibleError: this machine cannot have them.
+        """
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def names(self) -> list[str]:
@@ -181,19 +190,20 @@ class Hosts:
         """
         return [process for process in self.processes(name) if process.name not in DAEMONS]
 
-    def heal(self) -> None:
-        """Undoes what a test did to the hosts: cables, ssh servers and disks are back, left processes are killed."""
-        for host in self._hosts.values():
-            if host.name == _SWITCH:
-                continue
-            for process in self.strays(host.name):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process.pid, signal.SIGKILL)
-            while host.small_disks:
-                self.run(host.name, ["umount", "--recursive", "--lazy", host.small_disks.pop()], check=True)
-            self.join(host.name)
-            if not self._listens(host.name):
-                self.accept_ssh(host.name)
+    def mend(self) -> None:
+        """Undoes what a test did to the hosts: cables, ssh servers and disks are as they were."""
+        for name in self.names:
+            self.join(name)
+            while self[name].small_disks:
+                self.run(name, ["umount", "--recursive", "--lazy", self[name].small_disks.pop()], check=True)
+            if not self._listens(name):
+                self.accept_ssh(name)
+
+    def end_strays(self) -> None:
+        """Kills what a test left running, see `strays`."""
+        for process in (process for name in self.names for process in self.strays(name)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
 
     def close(self) -> None:
         """Ends every host and all that runs on it."""
@@ -205,9 +215,6 @@ class Hosts:
         self._hosts.clear()
 
     def _start(self) -> None:
-        for needed in ("unshare", "ip", "mount", "hostname"):
-            if not any((Path(folder) / needed).exists() for folder in os.environ["PATH"].split(os.pathsep)):
-                raise NotPossibleError(f"{needed} was not found")
         if os.geteuid() != 0:
             raise NotPossibleError("only root can make network namespaces")
         addresses = {name: f"10.77.0.{number}" for number, name in enumerate(self.interfaces, 11)}
@@ -217,11 +224,14 @@ class Hosts:
             assert holder.stdout is not None
             pid = holder.stdout.readline().strip()
             if not pid:
-                holder.wait()
-                raise NotPossibleError(f"no namespaces: {(self.folder / name / 'namespace.log').read_text().strip()}")
+                told = (self.folder / name / "namespace.log").read_text().strip()
+                raise (NotPossibleError if told.startswith("unshare:") else RuntimeError)(f"no namespaces: {told}")
             interface = self.interfaces.get(name, "")
             self._hosts[name] = Host(name, addresses.get(name, ""), interface, holder, int(pid))
-        self._on_network(_SWITCH, "link add lan type bridge", "link set lan up")
+        try:
+            self._on_network(_SWITCH, "link add lan type bridge", "link set lan up")
+        except subprocess.CalledProcessError as error:
+            raise NotPossibleError(f"no network bridge: {error.stderr.strip()}") from None
         for name, interface in self.interfaces.items():
             self._wire(self[name], interface)
             self.run(
