@@ -24,6 +24,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 DRY_RUNS = {
     "make_sample_data.py": ["--output_dir", "{out}"],
     "demo.py": ["--output_dir", "{out}"],
+    "run_all.py": ["--recipe", "demo"],
+    "status.py": None,
     "install_megatron_deepspeed.py": [],
     "train_sentencepiece_tokenizer.py": ["--input", "no/such.jsonl", "--model_prefix", "{out}", "--vocab_size", "100"],
     "preprocess_data.py": ["--input", "no.jsonl", "--input_tokenizer_file", "no.model", "--output_prefix", "{out}"],
