@@ -124,10 +124,9 @@ def _largest_of_all_ranks(value: int) -> int:
 
 
 def _shield_data_workers() -> None:
-    """Lets the processes that load data ignore SIGTERM, which comes to the whole process group or cgroup of a rank.
+    """Lets the processes that load data ignore a SIGTERM that came to the whole process group or cgroup of a rank.
 
-    torch gives them a handler that ends them, and the rank, with an error, cannot finish its step. They end when their
-    rank ends, by a flag or when they find it gone.
+    torch gives them a handler that ends them with an error, and the rank, too, which then cannot finish its step.
     """
     from torch.utils.data import DataLoader
 
@@ -143,6 +142,15 @@ def _shield_data_workers() -> None:
 
 
 def _begin_data_worker(former: Callable[[int], None] | None, worker_id: int) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
     if former is not None:
         former(worker_id)
+
+
+def _end_when_told_by(rank: int) -> None:
+    """Heeds the SIGTERM of the rank itself, by which Python ends its daemons when it exits, and waits for them."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank:
+        pass
+    os._exit(0)
