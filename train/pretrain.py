@@ -9,25 +9,25 @@ is left to do it says so.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train import manifest, outcome, outputs, resume, run_identity, same_run, settings
+from train import pretrain_checks as checks
 from train.checkpoint_folders import remove_leftovers, remove_universal
-from train.checkpoint_size import DiskNeed, disk_need
+from train.checkpoint_size import disk_need
 from train.cluster import allocation as allocations
 from train.cluster import launch
 from train.cluster.allocation import Allocation
 from train.cluster.settings import ClusterSettings, SubmitSettings
 from train.deepspeed_ops import remove_stale_locks
 from train.engine import choose
-from train.errors import EXIT_INTERRUPTED, UserError, refuse
+from train.errors import EXIT_INTERRUPTED, UserError
 from train.monitor import progress, wandb_run
 from train.process import Command
 from train.recipe import PretrainRecipe
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from train.data.blend import BlendPart
 
 STEP = "pretrain_model"
+_LAUNCHER = Path(__file__).resolve().parents[1] / "scripts" / "step2_pretrain_model" / "pretrain.sh"
 
 
 def pretrain(recipe: PretrainRecipe) -> int:
@@ -47,13 +48,15 @@ def pretrain(recipe: PretrainRecipe) -> int:
 
         return rehearse(recipe)
     run_folder = RunFolder.of(recipe)
+    if recipe.job.submit is not None:
+        return _submit(recipe, run_folder)
     allocation = allocations.find(
         recipe.cluster, num_processes=recipe.parallel.num_processes, device=recipe.parallel.device
     )
     if recipe.dry_run:
         return _dry_run(recipe, allocation, run_folder)
     started = time.time()
-    parts = check_data(recipe)
+    parts = checks.check_data(recipe)
     if not recipe.overwrite and _is_done(recipe, run_folder, parts):
         print(f"{run_folder.manifest} is there for the same recipe and data: nothing to do (--overwrite starts again).")
         return 0
@@ -70,9 +73,9 @@ def pretrain(recipe: PretrainRecipe) -> int:
         stretches = run_identity.stretches(former, _layout(recipe, allocation), start)
         command = choose.engine(engine).prepare(recipe, allocation, run_folder)
         _announce(recipe, engine, reason, allocation, run_folder)
-        _describe_blend(parts, recipe.training.train_tokens)
-        vocab_rows = _vocab_rows(recipe, engine, command.argv)
-        _check_disk(disk_need(recipe, vocab_rows=vocab_rows, folder=run_folder.root, steps_done=start))
+        checks.describe_blend(parts, recipe.training.train_tokens)
+        vocab_rows = checks.vocab_rows(recipe, engine, command.argv)
+        checks.check_disk(disk_need(recipe, vocab_rows=vocab_rows, folder=run_folder.root, steps_done=start))
         remove_stale_locks(run_folder.extensions_dir)
         if recipe.overwrite:
             _remove(run_folder)
@@ -101,6 +104,28 @@ def pretrain(recipe: PretrainRecipe) -> int:
     return 0
 
 
+def _submit(recipe: PretrainRecipe, run_folder: RunFolder) -> int:
+    """Hands the run to a scheduler, once all that can be known here is known to fit."""
+    from train.cluster import submit
+    from train.cluster.job_folder import JobFolder
+
+    parallel = recipe.parallel
+    allocation = allocations.of_job(recipe.job, num_processes=parallel.num_processes, device=parallel.device)
+    engine, reason = _engine(recipe, allocation, run_folder)
+    _announce(recipe, engine, reason, allocation, run_folder)
+    if not recipe.dry_run:
+        checks.check_data(recipe)
+    return submit.submit(
+        _LAUNCHER,
+        settings.to_yaml(recipe),
+        recipe.job,
+        JobFolder.of_pretraining(run_folder.root, run_folder.job_name),
+        cluster=recipe.cluster,
+        first_arguments=["--overwrite"] if recipe.overwrite else [],
+        dry_run=recipe.dry_run,
+    )
+
+
 def _plan(
     command: Command, recipe: PretrainRecipe, engine: str, allocation: Allocation, run_folder: RunFolder
 ) -> launch.Plan:
@@ -125,22 +150,6 @@ def _train(plan: launch.Plan, run_folder: RunFolder) -> None:
     log = run_folder.log(socket.gethostname(), time.strftime("%Y.%m.%d_%H.%M.%S"))
     end = launch.run(plan, log=log)
     outcome.check(run_folder.outcome, end.exit_status, log=log, cause=end.text)
-
-
-def check_data(recipe: PretrainRecipe) -> tuple[BlendPart, ...]:
-    """Opens tokenizer and data before anything starts.
-
-    Raises:
-        UserError: a file is missing or broken, or the data's ids are not this tokenizer's.
-    """
-    from train.data.blend import read_blend
-    from train.tokenizer.convert import read_model
-
-    tokenizer = recipe.data.input_tokenizer_file
-    vocab_size = len(read_model(tokenizer).pieces)
-    parts = read_blend(recipe.data.data_path)
-    refuse(problem for part in parts for problem in _id_problems(part, tokenizer, vocab_size))
-    return parts
 
 
 def _going_on(run_folder: RunFolder, recipe: PretrainRecipe, engine: str, allocation: Allocation) -> RunFolder:
@@ -217,34 +226,6 @@ def _announce(recipe: PretrainRecipe, engine: str, reason: str, allocation: Allo
     print(f"job: {run_folder.job_name}, {recipe.train_steps:,} steps of {recipe.tokens_per_step:,} tokens, {begin}")
 
 
-def _vocab_rows(recipe: PretrainRecipe, engine: str, argv: Sequence[str]) -> int:
-    """The embedding's rows; Megatron pads them to whole shares of its tensor ranks, and to what its arguments say."""
-    from train.checkpoint.megatron import vocabulary
-    from train.tokenizer.convert import read_model
-
-    pieces = len(read_model(recipe.data.input_tokenizer_file).pieces)
-    if engine != choose.MEGATRON:
-        return pieces
-    tensor = recipe.parallel.tensor_parallel_size
-    size = vocabulary.engine_vocab_size(recipe.data.input_tokenizer_file)
-    divisor = dict(itertools.pairwise(argv)).get("--make-vocab-size-divisible-by", vocabulary.DIVISOR)
-    rows = vocabulary.padded(size, divisor=int(divisor), ranks=tensor)
-    print(f"vocabulary: {pieces:,} pieces, {rows:,} rows = {rows // tensor:,} x {tensor} tensor ranks", flush=True)
-    return rows
-
-
-def _check_disk(need: DiskNeed) -> None:
-    refuse([need.text] if need.is_hopeless else [])
-    if need.text:
-        print(f"warning: {need.text}", flush=True)
-
-
-def _describe_blend(parts: Sequence[BlendPart], train_tokens: int) -> None:
-    from train.data.blend import describe_epochs
-
-    print(describe_epochs(parts, train_tokens), flush=True)
-
-
 def _with_wandb_group(recipe: PretrainRecipe) -> PretrainRecipe:
     """Names the W&B group here, once, so that all nodes land in the same one."""
     if not recipe.logging.wandb or recipe.logging.wandb_group:
@@ -275,29 +256,6 @@ def _remove(run_folder: RunFolder) -> None:
     shutil.rmtree(run_folder.tensorboard_dir, ignore_errors=True)
     for file in (run_folder.manifest, run_folder.metrics, run_folder.recipe, run_folder.identity):
         file.unlink(missing_ok=True)
-
-
-def _id_problems(part: BlendPart, tokenizer: Path, vocab_size: int) -> Iterator[str]:
-    """Ids that would mean other pieces, or none: the data's manifest tells; without one the ids are looked at."""
-    from train.data.indexed_dataset import IndexedDataset
-    from train.data.inspect import id_range
-
-    file = Path(f"{part.prefix}.manifest.json")
-    results = manifest.read(file)["results"] if file.is_file() else {}
-    if "tokenizer_sha256" in results and results["tokenizer_sha256"] != manifest.sha256(tokenizer):
-        yield f"{part.prefix} was tokenized with another tokenizer than {tokenizer}: preprocess it again."
-    elif (
-        results.get("tokens") != part.tokens
-        or "tokenizer_sha256" not in results
-        or Path(f"{part.prefix}.bin").stat().st_mtime > file.stat().st_mtime
-    ):
-        print(f"{part.prefix} has no manifest, or changed after it: reading all of its ids", flush=True)
-        _, largest = id_range(IndexedDataset(part.prefix))
-        if largest >= vocab_size:
-            yield (
-                f"{part.prefix} holds id {largest:,}, {tokenizer} has {vocab_size:,} pieces: name the tokenizer it was"
-                " made with (inspect_data.py shows where), or preprocess it again."
-            )
 
 
 def _results(

@@ -147,7 +147,7 @@ def test_what_only_megatron_can_do_is_refused_without_it(no_checkout):
 
 
 def test_the_vocabulary_has_the_rows_that_the_engine_is_told(paths, capsys):
-    from train import pretrain as module
+    from train import pretrain_checks as module
     from train import settings
 
     given = [word for name, value in paths.items() for word in (f"--{name}", str(value))]
@@ -155,7 +155,7 @@ def test_the_vocabulary_has_the_rows_that_the_engine_is_told(paths, capsys):
         PretrainRecipe, [*given, *TINY, "--tensor_parallel_size", "2"], program="p", description=""
     ).resolved()
     for argv, rows in (((), 512), (("--make-vocab-size-divisible-by", "520"), 1_040)):
-        assert module._vocab_rows(chosen, choose.MEGATRON, argv) == rows
+        assert module.vocab_rows(chosen, choose.MEGATRON, argv) == rows
         assert f"{rows:,} rows = {rows // 2:,} x 2 tensor ranks" in capsys.readouterr().out
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from train import process
 from train.cluster import schedulers, this_machine
 from train.cluster.nodes import Nodes, fold
-from train.cluster.settings import ClusterSettings
+from train.cluster.settings import ClusterSettings, SubmitSettings
 from train.errors import UserError, refuse
 
 
@@ -87,6 +87,25 @@ def find(
     separator = " " if nodes.source == "none" else ": "
     reason = "; ".join((f"{nodes.where}{separator}{told}", *nodes.notes))
     return Allocation(nodes.hosts, processes, kind, reason, nodes.source, nodes.job_id, this_host)
+
+
+def of_job(job: SubmitSettings, *, num_processes: int, device: str) -> Allocation:
+    """What a job will be given that is yet to be submitted: its nodes have no names so far.
+
+    Raises:
+        UserError: GPUs are wanted, and none are asked for.
+    """
+    gpus = 0 if device == "cpu" else job.job_gpus_per_node
+    if device == "cuda" and not gpus:
+        raise UserError("--device cuda: the job asks for no GPUs; add --job_gpus_per_node, or use --device cpu.")
+    if gpus and num_processes > gpus:
+        raise UserError(
+            f"--num_processes {num_processes}: the job asks for {gpus} GPUs on each node, one process each."
+        )
+    processes = num_processes or gpus or 1
+    hosts = tuple(f"node{number}" for number in range(1, job.job_nodes + 1))
+    reason = f"a job that asks for {job.job_nodes} nodes, {processes} processes each"
+    return Allocation(hosts, processes, "cuda" if gpus else "cpu", reason, job.submit or "none")
 
 
 def _unreachable(settings: ClusterSettings, nodes: Nodes, this_host: str | None) -> Iterator[str]:

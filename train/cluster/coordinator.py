@@ -248,6 +248,8 @@ class Coordinator:
                 names = ", ".join(self._job.nodes)
                 why = "which is no node of this run" if number is None else "which has come already"
                 self._fail(Failure(f"{who}, {why} ({names}): name each node once, by its own name.", EXIT_USER))
+                with contextlib.suppress(ChannelError):
+                    channel.send({"kind": "over", "status": EXIT_USER})
                 return None
             offset = float(hello["facts"]["clock"]) - time.time()
             self._members[number] = _Member(channel, hello["facts"], offset)

@@ -22,7 +22,7 @@ from train.process import Command
 
 _LOST = (
     re.compile(r"^pdsh@\S+: (?P<host>\S+): .*exited with exit code (?P<status>\d+)"),
-    re.compile(r"^clush: (?P<host>\S+): exited with exit code (?P<status>\d+)"),
+    re.compile(r"^(?:clush|Clush\.py): (?P<host>\S+): exited with exit code (?P<status>\d+)"),
     re.compile(r"^srun: error: (?P<host>\S+): tasks? [\d,-]+: Exited with exit code (?P<status>\d+)"),
     re.compile(r"^srun: error: (?P<host>\S+): tasks? [\d,-]+: (?P<killed>Killed|Terminated)"),
     re.compile(r"^srun: error: Node failure on (?P<host>\S+)"),
@@ -119,7 +119,8 @@ def build(
         return Command(tuple(argv), {"PDSH_SSH_ARGS_APPEND": append}, working_dir=ssh_config.parent, hides_secrets=True)
     if launcher == "ssh":
         argv = [sys.executable, "-m", "ClusterShell.CLI.Clush", "-n", "-S", "-f", str(max(32, count)), "-w", hosts]
-        argv += ["--options", f"-F {ssh_config.name}", f"{remote} --node %host"]
+        # its ssh worker does not tell a command on which host it runs; the one that runs local commands does
+        argv += ["--worker", "exec", shlex.join(["ssh", "-F", ssh_config.name, "%host", f"{remote} --node %host"])]
         return Command(tuple(argv), {}, working_dir=ssh_config.parent, hides_secrets=True)
     mpirun = shutil.which("mpirun") or "mpirun"  # by its full path it tells the other nodes where it is installed
     argv = [mpirun, "--host", ",".join(f"{host}:1" for host in allocation.hosts), "-n", str(count)]

@@ -37,6 +37,7 @@ from train.monitor import progress, wandb_run
 from train.process import Command
 
 STEP = "finetune_model"
+_LAUNCHER = Path(__file__).resolve().parents[2] / "scripts" / "step4_finetune_model" / "finetune.sh"
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ def finetune(settings: FinetuneSettings) -> int:
     """
     settings = settings.with_line_ends()
     folder = FinetuneFolder(settings.output_dir.absolute())
+    if settings.job.submit is not None:
+        return _submit(settings, folder)
     where = allocations.find(settings.cluster, num_processes=settings.num_processes, device=settings.device)
     if settings.dry_run:
         return _dry_run(settings, where, folder)
@@ -111,6 +114,31 @@ def finetune(settings: FinetuneSettings) -> int:
     for run in sorted(folder.output.glob("wandb/offline-run-*")):
         print(f"W&B offline run: wandb sync {run}")
     return 0
+
+
+def _submit(settings: FinetuneSettings, folder: FinetuneFolder) -> int:
+    """Hands the run to a scheduler, once all that can be known here is known to fit."""
+    from train.cluster import submit
+    from train.cluster.job_folder import JobFolder
+
+    where = allocations.of_job(settings.job, num_processes=settings.num_processes, device=settings.device)
+    print(f"where: {where.reason}")
+    print(f"batch: {_layout(settings, where)}")
+    if not settings.dry_run:
+        _find_inputs(settings)
+    first = [
+        *(["--overwrite"] if settings.overwrite else []),
+        *(["--resume", "never"] if settings.resume == "never" else []),
+    ]
+    return submit.submit(
+        _LAUNCHER,
+        settings_module.to_yaml(settings),
+        settings.job,
+        JobFolder.of_finetuning(folder.output),
+        cluster=settings.cluster,
+        first_arguments=first,
+        dry_run=settings.dry_run,
+    )
 
 
 def _plain(settings: FinetuneSettings) -> dict[str, Any]:
