@@ -4,7 +4,7 @@
     end = launch.run(plan, log=...)
     outcome.check(run_folder.outcome, end.exit_status, log=log, cause=end.text)
 
-`plan` builds everything and touches nothing (--dry_run prints it); `run` writes it into the launch folder and starts it.
+`plan` builds everything and touches nothing (--dry_run prints it); `run` writes it into the launch folder and starts.
 """
 
 from __future__ import annotations

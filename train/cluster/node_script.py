@@ -29,7 +29,7 @@ _MODULE_INITS = (
 
 
 def carried(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that go to every node: paths, and the settings of the libraries. No secrets, nothing of this node."""
+    """The variables that go to every node: paths, and the libraries' settings. No secrets, nothing of this node."""
     return {
         name: value
         for name, value in sorted(environment.items())
@@ -86,7 +86,8 @@ def build(
         "hard=$(ulimit -Hn)",
         f'if [[ "${{hard}}" == unlimited || "${{hard}}" -ge {max_open_files} ]]; then hard={max_open_files}; fi',
         'ulimit -Sn "${hard}" 2>/dev/null',
-        f'[[ -x {interpreter} ]] || fail "there is no "{interpreter}": install the environment where every node sees it"',
+        f'[[ -x {interpreter} ]] ||'
+        f' fail "there is no "{interpreter}": install the environment where every node sees it"',
         f'cd {folder} || fail "there is no "{folder}": the run must stand where every node sees it"',
         f'reason=$({interpreter} -c "import train.cluster.agent" 2>&1) ||'
         f' fail {interpreter}" has no package train: ${{reason##*$\'\\n\'}}"',
