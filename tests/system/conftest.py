@@ -43,7 +43,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     script = Path(__file__).with_name("install_packages.sh")
     installed = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=False)
     if installed.returncode != 0:
-        _not_here(installed.stderr.strip())
+        _not_here(installed.stderr.strip().splitlines()[-1])
     made = Hosts(tmp_path_factory.mktemp("cluster"), keep=[tmp_path_factory.getbasetemp()])  # tmp_path is shared
     try:
         made.start()

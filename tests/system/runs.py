@@ -107,3 +107,37 @@ def make_corpus(folder: Path) -> Path:
     ):
         subprocess.run([sys.executable, str(script), *flags(given)], check=True, capture_output=True)
     return folder
+
+
+def make_model(hosts: Hosts, corpus: Path, folder: Path) -> Path:
+    """A Hugging Face folder of steps 2 and 3, made on the host login."""
+    run = pretrain(corpus, folder / "base", sequence_length=128, job_name="base", num_processes=1)
+    step3 = PROJECT_ROOT / "scripts" / "step3_upload_pretrained_model"
+    convert: dict[str, object] = {
+        "input_tokenizer_file": corpus / "tok.model", "input_model_max_length": 128,
+        "input_model_dir": folder / "base" / "checkpoint" / "base" / f"global_step{STEPS // 4}",
+        "output_tokenizer_and_model_dir": folder / "model", "parity_documents": 50,
+    }  # fmt: skip
+    script = step3 / "convert_tokenizer_and_pretrained_model_to_huggingface_transformers.sh"
+    for argv in (run, ["bash", str(script), *flags(convert)]):
+        hosts.run("login", argv, env=ENVIRONMENT, timeout_s=180, check=True)
+    return folder / "model"
+
+
+def write_conversations(folder: Path) -> Path:
+    """Conversations in the seeds' form."""
+    file = folder / "conversations.jsonl"
+    texts = [f"### Human: What is {a} plus {b}? ### Assistant: It is {a + b}." for a in range(8) for b in range(8)]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return file
+
+
+def finetune(model: Path, output: Path, **more: object) -> list[str]:
+    """The command of a tiny finetuning run; `more` wins."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    given: dict[str, object] = {
+        "model_name_or_path": model, "output_dir": output, "data_files": write_conversations(output.parent),
+        "device": "cpu", "num_processes": 1, "max_seq_length": 64, "max_steps": 4, "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 2, "show_examples": 0,
+    }  # fmt: skip
+    return ["bash", str(FINETUNE), *flags({**given, **more})]
