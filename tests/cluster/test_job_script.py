@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -145,7 +144,7 @@ class Body:
         }
         return subprocess.Popen(
             ["bash", str(self.files.script), *arguments], env={**clean, **variables}, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         )  # fmt: skip
 
     def run(self, *arguments: str, **variables: str) -> tuple[int, str]:
@@ -211,17 +210,18 @@ def test_where_the_scheduler_does_not_keep_a_log_the_job_does(awkward_path, sche
     assert "hello\n" in body.files.log("12.server").read_text()
 
 
+@pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_reaches_the_launcher_and_its_own_exit_code_counts(tmp_path, number):
-    launcher = 'trap "echo saving; sleep 0.3; exit 130" TERM\necho ready\nwhile true; do sleep 0.05; done'
+def test_a_signal_to_the_job_leaves_the_launcher_time_and_its_own_exit_code_counts(tmp_path, number, times):
+    """As Slurm and PBS do it: every process of the job gets the signal, some of them more than once."""
+    launcher = 'trap "echo saving; exit 130" TERM INT\necho ready\nwhile true; do sleep 0.05; done'
     body = Body(tmp_path, launcher)
     child = body.start(SLURM_JOB_ID="7")
     assert child.stdout is not None
     while "ready" not in child.stdout.readline():
         pass
-    child.send_signal(number)
-    time.sleep(0.1)
-    child.send_signal(number)  # a second one changes nothing
+    for _ in range(times):
+        os.killpg(child.pid, number)
     text, _ = child.communicate(timeout=60)
     assert child.returncode == 130 and "saving" in text
     assert body.files.exit_record.read_text() == "7 130\n"

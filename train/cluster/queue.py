@@ -102,7 +102,7 @@ def parse_pending_reasons(text: str) -> list[str]:
             label = "after" if match[1].startswith("jid") else "error:"
             found.append(f"{label} {match[2].strip()}")
     scheduling = text.partition("scheduling info:")[2].strip()
-    return found + _first(line.strip() for line in scheduling.splitlines())
+    return list(dict.fromkeys(found)) + _first(line.strip() for line in scheduling.splitlines())
 
 
 def parse_pbs(code: int, text: str) -> JobState:

@@ -146,8 +146,8 @@ def tell_about_secrets(cluster: ClusterSettings, environment: Mapping[str, str] 
     names = sorted(name for name, value in variables.items() if value and process.is_secret(name))
     if names and cluster.secrets_file is None:
         print(
-            f"note: {', '.join(names)} is set here and not handed to the scheduler, which would keep it in files: name"
-            " a file with --secrets_file, or log in once with `hf auth login` or `wandb login`.",
+            f"note: {', '.join(names)}: set here, and not handed to the scheduler, which would keep it in files; name a"
+            " file with --secrets_file, or log in once with `hf auth login` or `wandb login`.",
             flush=True,
         )
 
