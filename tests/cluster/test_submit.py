@@ -183,11 +183,12 @@ def test_secrets_stay_here(cluster, tmp_path, capsys, monkeypatch):
     secret = "planted-secret-4711"
     for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, secret)
+    monkeypatch.setenv("https_proxy", f"http://me:{secret}@proxy:3128")
     monkeypatch.setenv("HF_HOME", "/shared/hf")
     folder = JobFolder.of_pretraining(tmp_path / "out", "gpt")
     hand_in(cluster, folder)
     told = capsys.readouterr()
-    assert "note: AWS_SECRET_ACCESS_KEY, HF_TOKEN, WANDB_API_KEY: set here" in told.out
+    assert "note: AWS_SECRET_ACCESS_KEY, HF_TOKEN, WANDB_API_KEY, https_proxy: set here" in told.out
     assert "--secrets_file" in told.out and "hf auth login" in told.out
     for file in [*(tmp_path / "out").rglob("*"), cluster.calls, Path(f"{cluster.calls}.env")]:
         assert file.is_dir() or secret.encode() not in file.read_bytes(), file

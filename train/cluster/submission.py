@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from train import process
 from train.cluster import job_script
 from train.cluster.job_folder import JobFiles, JobFolder
 from train.cluster.node_script import carried
 from train.cluster.settings import ClusterSettings, SubmitSettings, wall_time_s
+
+_PASSWORD_IN_ADDRESS = re.compile(r"://[^/\s@]+@")  # as in http_proxy=http://me:password@proxy
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ def build(
         command=tuple(command),
         files=files,
         working_dir=Path.cwd(),
-        environment={**carried(os.environ), "TRAIN_PYTHON": sys.executable},
+        environment={**_open_variables(), "TRAIN_PYTHON": sys.executable},
         first_arguments=tuple(first_arguments),
         required=required,
     )
@@ -92,3 +96,13 @@ def launcher_flags(job: SubmitSettings, cluster: ClusterSettings) -> list[str]:
     if cluster.time_budget_min:
         budget_min = min(budget_min, cluster.time_budget_min)
     return [*flags, "--time_budget_min", f"{budget_min:g}"]
+
+
+def is_secret(name: str, value: str) -> bool:
+    """Whether a variable must not reach a scheduler's files, by its name or by a password in the address it holds."""
+    return process.is_secret(name) or _PASSWORD_IN_ADDRESS.search(value) is not None
+
+
+def _open_variables() -> dict[str, str]:
+    """What a job needs of this environment, without secrets."""
+    return {name: value for name, value in carried(os.environ).items() if not is_secret(name, value)}

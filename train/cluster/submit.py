@@ -143,7 +143,7 @@ def parse_job_id(scheduler: str, answer: str) -> str | None:
 def tell_about_secrets(cluster: ClusterSettings, environment: Mapping[str, str] | None = None) -> None:
     """Says which secrets stay behind, and what to do instead."""
     variables = os.environ if environment is None else environment
-    names = sorted(name for name, value in variables.items() if value and process.is_secret(name))
+    names = sorted(name for name, value in variables.items() if value and submission.is_secret(name, value))
     if names and cluster.secrets_file is None:
         print(
             f"note: {', '.join(names)}: set here, and not handed to the scheduler, which would keep it in files; name a"
@@ -155,7 +155,11 @@ def tell_about_secrets(cluster: ClusterSettings, environment: Mapping[str, str] 
 def _submit_one(ready: Submission, *, succeeded: str, ended: str) -> str:
     scheduler, script = ready.scheduler, ready.files.script
     argv = job_script.submit_command(scheduler, ready.job, script, succeeded=succeeded, ended=ended)
-    left_out = [name for name in sorted(os.environ) if _OWN_JOB.match(name) or name == process.MARK]
+    left_out = [
+        name
+        for name, value in sorted(os.environ.items())
+        if _OWN_JOB.match(name) or name == process.MARK or submission.is_secret(name, value)
+    ]
     without = ["env", *(word for name in left_out for word in ("-u", name))] if left_out else []
     # the folder: PBS leaves its own copy of the output where qsub was called
     command = Command((*without, *argv), working_dir=script.parent, hides_secrets=True)
