@@ -5,13 +5,14 @@
         grid_engine.wait_for(job)["exit_status"]
 
 The queue all.q has four slots per host; the parallel environment `mpi` deals slots out in turn, so `-pe mpi 2` is two
-hosts. As Debian sets it up, a script without `-S /bin/bash` runs in /bin/sh. The package's cell and spool folders are
-covered on the hosts, and stay as they are on this machine.
+hosts, and so is `-l rt_F=2`, as on ABCI. As Debian sets it up, a script without `-S /bin/bash` runs in /bin/sh. The
+package's cell and spool folders are covered on the hosts, and stay as they are on this machine.
 """
 
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,6 +50,38 @@ xprojects             NONE
 usage_scaling         NONE
 report_variables      NONE
 """
+# ABCI's way to ask for whole nodes: -l rt_F=NODES, without a parallel environment. Its verifier is not public; this one
+# does what its users see. It speaks the protocol of jsv(1): PARAM lines up to BEGIN, and the changes as an answer.
+_NODES_BY_RESOURCE = """\
+#!/bin/bash
+while read -r command name value; do
+    case "$command" in
+        START) resources=""; echo STARTED ;;
+        PARAM) [[ "$name" != l_hard ]] || resources=",$value," ;;
+        BEGIN)
+            if [[ "$resources" =~ ,rt_F=([0-9]+), ]]; then
+                others="${resources/,rt_F=${BASH_REMATCH[1]},/,}"
+                others="${others#,}"
+                printf 'PARAM %s\\n' "l_hard ${others%,}" "pe_name mpi" \
+                    "pe_min ${BASH_REMATCH[1]}" "pe_max ${BASH_REMATCH[1]}"
+                echo RESULT STATE CORRECT
+            else
+                echo RESULT STATE ACCEPT
+            fi ;;
+        QUIT) exit ;;
+    esac
+done
+"""
+_NODES_RESOURCE = """\
+name        rt_F
+shortcut    rt_F
+type        INT
+relop       <=
+requestable YES
+consumable  NO
+default     0
+urgency     0
+"""
 
 
 class GridEngine:
@@ -64,7 +97,7 @@ class GridEngine:
         for command in (
             [f"{TOOLS}/spoolinit", "berkeleydb", "libspoolb", f"{SPOOL}/spooldb", "init"],
             [f"{TOOLS}/spooldefaults", "configuration", f"{SPOOL}/configuration"],
-            [f"{TOOLS}/spooldefaults", "complexes", f"{SHARE}/util/resources/centry"],
+            [f"{TOOLS}/spooldefaults", "complexes", f"{self.folder}/resources"],
             [f"{TOOLS}/spooldefaults", "usersets", f"{SHARE}/util/resources/usersets"],
             [f"{TOOLS}/spooldefaults", "managers", "root"],
             ["sge_qmaster"],
@@ -136,7 +169,13 @@ class GridEngine:
         configuration = (SHARE / "default-configuration").read_text()
         quick = {"min_uid": "0", "min_gid": "0", "load_report_time": "00:00:02", "mailer": "/bin/true"}
         quick["reporting_params"] = "accounting=true reporting=false flush_time=00:00:01 joblog=false sharelog=00:00:00"
+        verifier = self.folder / "nodes_by_resource.sh"
+        verifier.write_text(_NODES_BY_RESOURCE)
+        verifier.chmod(0o755)
+        quick["jsv_url"] = f"script:{verifier}"
         (spool / "configuration").write_text(_with_values(configuration, quick))
+        shutil.copytree(SHARE / "util" / "resources" / "centry", self.folder / "resources")
+        (self.folder / "resources" / "rt_F").write_text(_NODES_RESOURCE)
         self.hosts.lay_over(self.folder / "default", str(ROOT / "default"))
         self.hosts.lay_over(spool, str(SPOOL))
 

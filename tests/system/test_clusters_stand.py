@@ -201,6 +201,14 @@ def test_a_grid_engine_job_reaches_its_other_host_by_ssh(grid_engine: GridEngine
     assert sorted(out.read_text().split()) == list(NODES)
 
 
+def test_grid_engine_gives_whole_nodes_by_a_resource_as_abci_does(grid_engine: GridEngine, tmp_path):
+    job = script(tmp_path / "job.sh", "cat $PE_HOSTFILE\n")
+    out = tmp_path / "out"
+    facts = grid_engine.wait_for(grid_engine.submit("-S", "/bin/bash", "-l", "rt_F=2,h_rt=60", "-o", out, job))
+    assert sorted(line.split()[0] for line in out.read_text().splitlines()) == list(NODES)
+    assert facts["granted_pe"] == "mpi" and "h_rt=60" in facts["category"]
+
+
 def test_grid_engine_ends_a_job_at_its_limit(grid_engine: GridEngine, tmp_path):
     job = script(tmp_path / "job.sh", "sleep 1000\n")
     facts = grid_engine.wait_for(grid_engine.submit("-pe", "mpi", "2", "-l", "h_rt=3", "-o", tmp_path / "out", job))

@@ -1,4 +1,4 @@
-"""Where clusters cannot be made, one sentence says why; a set-up that is broken is not taken for one that is missing."""
+"""Where clusters cannot be made, one sentence says why; a broken set-up is not taken for one that is missing."""
 
 from __future__ import annotations
 
