@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,8 +19,9 @@ from train.data.docstrings import docstring_documents
 ENVIRONMENT = {"TRAIN_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
 PRETRAIN = PROJECT_ROOT / "scripts" / "step2_pretrain_model" / "pretrain.sh"
 FINETUNE = PROJECT_ROOT / "scripts" / "step4_finetune_model" / "finetune.sh"
+STATUS = PROJECT_ROOT / "scripts" / "common" / "status.sh"
 STEPS = 8
-_TINY: dict[str, object] = {
+TINY: dict[str, object] = {
     "job_name": "tiny", "device": "cpu", "architecture": "llama", "num_layers": 2, "hidden_size": 32,
     "num_attention_heads": 2, "sequence_length": 32, "micro_batch_size": 1, "global_batch_size": 4, "lr": 1e-2,
     "train_tokens": STEPS * 4 * 32, "save_interval": 4, "eval_interval": 0, "log_interval": 1, "precision": "fp32",
@@ -37,7 +40,7 @@ def flags(given: Mapping[str, object]) -> list[str]:
 def pretrain(corpus: Path, output: Path, **more: object) -> list[str]:
     """The command of a tiny pretraining run; `more` wins over what it is by itself."""
     data = {"input_tokenizer_file": corpus / "tok.model", "data_path": corpus / "text_text_document"}
-    return ["bash", str(PRETRAIN), *flags({**data, "output_model_dir": output, **_TINY, **more})]
+    return ["bash", str(PRETRAIN), *flags({**data, "output_model_dir": output, **TINY, **more})]
 
 
 def hostfile(folder: Path, *names: str, slots: int = 1) -> Path:
@@ -60,6 +63,11 @@ def hosts_of_ranks(hosts: Hosts, name: str) -> list[int]:
         process.pid for process in hosts.processes(name)
         if any(word.endswith(".worker") for word in process.argv) and "-m" in process.argv
     ]  # fmt: skip
+
+
+def kill(pid: int) -> None:
+    """Kills a process by its id on this machine."""
+    os.kill(pid, signal.SIGKILL)
 
 
 def wait_for(condition: Callable[[], object], running: subprocess.Popen[str], timeout_s: float = 120) -> None:

@@ -8,6 +8,7 @@
 #           and any flag of pretrain.sh, such as --data_path DIR ... or --rehearse
 # example:  zero-0_...sh --input_tokenizer_file tokenizer.model --output_model_dir output/ --save_interval 1000 \
 #               --wandb_entity me --wandb_project p
+# environment: TRAIN_RECIPE  another recipe instead, to try the command with a small model
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-exec bash "${here}/../../pretrain.sh" --recipe gpt_1.3B_book_wikija_fp32 "$@"
+exec bash "${here}/../../pretrain.sh" --recipe "${TRAIN_RECIPE:-gpt_1.3B_book_wikija_fp32}" "$@"

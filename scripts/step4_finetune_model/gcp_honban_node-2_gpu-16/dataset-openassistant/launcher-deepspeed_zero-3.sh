@@ -6,6 +6,7 @@
 #           and any flag of finetune.sh, such as --data_files FILE
 # example:  launcher-deepspeed_zero-3.sh --input_model_name_or_path me/gpt_0.125B --input_max_seq_length 2048 \
 #               --output_tokenizer_and_model_dir output/gpt_0.125B_openassistant --wandb_entity me --wandb_project p
+# environment: TRAIN_RECIPE  another recipe instead, to try the command with a small model
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 flags=()
@@ -19,4 +20,4 @@ for word in "$@"; do
     esac
     flags+=("${word}")
 done
-exec bash "${here}/../../finetune.sh" --recipe openassistant_zero3 "${flags[@]}"
+exec bash "${here}/../../finetune.sh" --recipe "${TRAIN_RECIPE:-openassistant_zero3}" "${flags[@]}"
