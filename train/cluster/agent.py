@@ -79,7 +79,7 @@ class _Agent:
             print(f"error: {os.uname().nodename}: the launcher is gone ({error})", flush=True)
         finally:
             if self._ranks is not None:
-                self._ranks.kill()
+                self._ranks.close()
         return status
 
     def _turn(self) -> int | None:
@@ -98,7 +98,7 @@ class _Agent:
         now = time.monotonic()
         if now - self._heard > self._node_timeout_s:
             raise ChannelError(f"no sign for {self._node_timeout_s:g} s")
-        if now - self._told > _ALIVE_EVERY_S:
+        if now - self._told > min(_ALIVE_EVERY_S, self._node_timeout_s / 4):
             self._told = now
             self._channel.send({"kind": "alive"})
         while self._signals:
@@ -113,8 +113,7 @@ class _Agent:
 
     def _obey(self, message: dict[str, Any]) -> None:
         if message["kind"] == "start":
-            order = Order(**message["order"])
-            self._ranks = NodeRanks(order, _interface(order))
+            self._start(Order(**message["order"]))
         elif message["kind"] == "signal" and self._ranks is not None:
             self._ranks.signal(message["number"])
         elif message["kind"] == "end":
@@ -122,6 +121,15 @@ class _Agent:
                 self._ranks.end_within(message["grace_s"])
             else:
                 self._channel.send({"kind": "ended"})
+
+    def _start(self, order: Order) -> None:
+        try:
+            self._ranks = NodeRanks(order, _interface(order))
+        except OSError as error:  # no such program or folder on this node, or no more processes
+            self._has_ended = True
+            rank = order.node_rank * order.processes
+            self._channel.send({"kind": "failed", "rank": rank, "status": 127, "lines": [str(error)]})
+            self._channel.send({"kind": "ended"})
 
 
 def _interface(order: Order) -> str | None:

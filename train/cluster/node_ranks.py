@@ -18,10 +18,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from train import process
+from train.cluster.steady_output import SteadyOutput
 
 _LIBC = ctypes.CDLL(None)
 _TAIL_LINES = 25
 _LAST_WORDS_S = 2.0
+_MOMENT_S = 0.05
+_LONGEST_LINE_BYTES = 1 << 16  # what is longer is cut: a rank may never end a line
+_PIPE_READS = 16  # a pipe holds 1 MiB at most, 64 KiB as a rule
 _OTHERS = ("OMPI_", "PMIX_", "PMI_", "PRTE_")  # what mpirun says of its own processes; the ranks are others
 
 
@@ -124,32 +128,42 @@ class NodeRanks:
         self._order = order
         self._kill_at: float | None = None
         self._dead_since: float | None = None
+        self._output = SteadyOutput(1)
         self._mark = f"{os.environ.get(process.MARK, '')}/{uuid.uuid4()}"
         inherited = {**os.environ, process.MARK: self._mark}
         count = order.processes if order.starter == "own" and order.is_distributed else 1
-        self._processes = [
-            _Process(_start(order, build_environment(order, local, interface, inherited)), local)
-            for local in range(count)
-        ]
+        self._processes: list[_Process] = []
+        try:
+            for local in range(count):
+                environment = build_environment(order, local, interface, inherited)
+                self._processes.append(_Process(_start(order, environment), local))
+        except OSError:
+            self.kill()
+            raise
 
     def pipes(self) -> list[Any]:
-        """What the ranks print to, while it is open."""
+        """What the ranks print to, while it is open and somebody takes what they print."""
+        if self._output.is_behind() and not self._output.finish(_MOMENT_S):
+            return []
         return [item.child.stdout for item in self._processes if item.child.stdout and not item.child.stdout.closed]
 
     def copy_output(self, ready: Collection[Any]) -> None:
-        """Copies what ranks have printed to this process's own output, whole lines at a time."""
+        """Copies what ranks have printed to this process's own output, whole lines or states of a progress bar."""
         for item in self._processes:
             pipe = item.child.stdout
             if pipe is None or pipe.closed or pipe not in ready:
                 continue
             chunk = os.read(pipe.fileno(), 65536)
-            lines, newline, item.rest = (item.rest + chunk).rpartition(b"\n")
+            data = item.rest + chunk
+            size = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
             if not chunk:
-                lines, newline, item.rest = item.rest, b"\n" if item.rest else b"", b""
                 pipe.close()
-            item.tail.extend(line for line in lines.decode(errors="replace").splitlines() if line.strip())
-            with contextlib.suppress(OSError):  # whoever read it is gone; the launcher's silence will tell
-                _write(lines + newline)
+                data += b"\n" if data else b""
+            if not chunk or len(data) - size > _LONGEST_LINE_BYTES:
+                size = len(data)
+            lines, item.rest = data[:size], data[size:]
+            item.tail.extend(_readable(lines))
+            self._output.write(lines)
 
     def new_failures(self) -> Iterator[dict[str, Any]]:
         """Ranks that have ended with an error and were not told yet: rank, status as a shell has it, last lines."""
@@ -163,7 +177,7 @@ class NodeRanks:
             yield {
                 "rank": rank if self._order.starter == "own" else None,
                 "status": status if status > 0 else 128 - status,
-                "lines": list(item.tail),
+                "lines": [*item.tail, *_readable(item.rest)],
             }
 
     def are_running(self) -> bool:
@@ -176,6 +190,9 @@ class NodeRanks:
         if self._dead_since is None:
             self._dead_since = now
             self.kill()  # what ranks leave behind
+        if self._kill_at is None and self._output.is_waiting():  # the reader stands still: nothing is lost by waiting
+            self._dead_since = now
+            return True
         if now - self._dead_since > _LAST_WORDS_S:  # somebody else holds the pipe open
             return False
         return bool(self.pipes())
@@ -197,6 +214,11 @@ class NodeRanks:
                 os.killpg(item.child.pid, signal.SIGKILL)
         process.kill_marked(self._mark)
 
+    def close(self) -> None:
+        """Kills what is left, and waits for a moment until what was printed is told."""
+        self.kill()
+        self._output.finish(_LAST_WORDS_S)
+
     def _drain(self, item: _Process) -> None:
         """Takes what a dead rank has left in its pipe; a child of it may hold the other end open."""
         pipe = item.child.stdout
@@ -204,8 +226,9 @@ class NodeRanks:
             return
         os.set_blocking(pipe.fileno(), False)
         with contextlib.suppress(BlockingIOError):
-            while not pipe.closed:
-                self.copy_output([pipe])
+            for _ in range(_PIPE_READS):  # a child of it may go on printing, too
+                if not pipe.closed:
+                    self.copy_output([pipe])
 
 
 def _start(order: Order, environment: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -226,6 +249,5 @@ def _die_with_agent() -> None:
     _LIBC.prctl(1, signal.SIGKILL)
 
 
-def _write(data: bytes) -> None:
-    while data:
-        data = data[os.write(1, data) :]
+def _readable(lines: bytes) -> list[str]:
+    return [line for line in lines.decode(errors="replace").splitlines() if line.strip()]
