@@ -49,3 +49,18 @@ def test_only_the_first_rank_of_a_node_has_a_run(tmp_path, monkeypatch):
     assert started is None
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert wandb_run.start(LoggingSettings(), run_name="m", kind="pretrain", config={}, dir=tmp_path) is None
+
+
+def test_a_service_that_is_gone_is_told_once_and_ends_no_training(capsys: pytest.CaptureFixture[str]) -> None:
+    class Gone:
+        def log(self, numbers: dict[str, float], *, step: int) -> None:
+            raise ConnectionResetError("Connection lost")
+
+        def finish(self) -> None:
+            raise AssertionError("nobody is there to finish")
+
+    run = wandb_run.WatchedRun(Gone())
+    run.log({"loss": 1.0}, step=1)
+    run.log({"loss": 1.0}, step=2)
+    run.finish()
+    assert capsys.readouterr().out.count("no longer logged to (ConnectionResetError: Connection lost)") == 1

@@ -22,6 +22,7 @@ from train.process import Command
 
 _LOST = (
     re.compile(r"^pdsh@\S+: (?P<host>\S+): .*exited with exit code (?P<status>\d+)"),
+    re.compile(r"^pdsh@\S+: (?P<host>\S+): .*(?P<killed>killed by signal) \d+"),
     re.compile(r"^(?:clush|Clush\.py): (?P<host>\S+): exited with exit code (?P<status>\d+)"),
     re.compile(r"^srun: error: (?P<host>\S+): tasks? [\d,-]+: Exited with exit code (?P<status>\d+)"),
     re.compile(r"^srun: error: (?P<host>\S+): tasks? [\d,-]+: (?P<killed>Killed|Terminated)"),
@@ -44,8 +45,17 @@ def lost_host(line: str) -> LostHost | None:
         match = pattern.match(line)
         if match is not None:
             status = match.groupdict().get("status")
-            return LostHost(match["host"], int(status) if status else 137)
+            return LostHost(_first(match["host"]), int(status) if status else 137)
     return None
+
+
+def _first(hosts: str) -> str:
+    """The first of node[1-2]: srun folds those that ended alike."""
+    if "[" not in hosts:
+        return hosts
+    from ClusterShell.NodeSet import RESOLVER_NOGROUP, NodeSet
+
+    return str(NodeSet(hosts, resolver=RESOLVER_NOGROUP)[0])
 
 
 def choose(wanted: str, allocation: Allocation, *, is_here: bool) -> tuple[str, str]:
@@ -124,7 +134,9 @@ def build(
         return Command(tuple(argv), {}, working_dir=ssh_config.parent, hides_secrets=True)
     mpirun = shutil.which("mpirun") or "mpirun"  # by its full path it tells the other nodes where it is installed
     argv = [mpirun, "--host", ",".join(f"{host}:1" for host in allocation.hosts), "-n", str(count)]
-    argv += ["--map-by", "ppr:1:node", "--bind-to", "none", "--mca", "plm_rsh_args", f"-F {ssh_config.name}"]
+    argv += ["--map-by", "ppr:1:node", "--bind-to", "none"]
+    if allocation.source != "gridengine":  # there mpirun goes through qrsh, which is none of ssh
+        argv += ["--mca", "plm_rsh_args", f"-F {ssh_config.name}"]
     argv += ["--mca", "orte_abort_on_non_zero_status", "0"]
     if network is not None:
         argv += ["--mca", "oob_tcp_if_include", network, "--mca", "btl_tcp_if_include", network]

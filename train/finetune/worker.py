@@ -9,7 +9,6 @@ an outcome there.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import warnings
 from collections.abc import Sequence
@@ -86,8 +85,7 @@ def train(plan: Plan, folder: FinetuneFolder) -> None:
     trainer.train(resume_from_checkpoint=None if plan.resume_from is None else str(plan.resume_from))
     if early.reason is not None:
         if wandb is not None:
-            with contextlib.suppress(Exception):  # the signal may have ended W&B's own process
-                wandb.finish()
+            wandb.finish()
         raise early_end.EndedEarlyError(trainer.state.global_step, early.reason)
     if plan.finetune.eval_data_files and trainer.state.log_history[-1].get("step") != trainer.state.global_step:
         trainer.evaluate()

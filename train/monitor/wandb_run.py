@@ -34,7 +34,36 @@ class WandbSettings(Protocol):
     def wandb_tag(self) -> str | None: ...
 
 
-def start(logging: WandbSettings, *, run_name: str, kind: str, config: Mapping[str, Any], dir: Path) -> Any:
+class WatchedRun:
+    """A W&B run that never ends a training: when its service is gone, that is told once, and training goes on.
+
+    A scheduler's signal to all processes of a job ends W&B's service, while the ranks are to save and end in order.
+    """
+
+    def __init__(self, run: Any) -> None:
+        self._run = run
+
+    def log(self, numbers: Mapping[str, Any], *, step: int) -> None:
+        """Shows the numbers of a step."""
+        self._attempt("log", dict(numbers), step=step)
+
+    def finish(self) -> None:
+        """Waits until all is handed over."""
+        self._attempt("finish")
+
+    def _attempt(self, method: str, *arguments: Any, **options: Any) -> None:
+        if self._run is None:
+            return
+        try:
+            getattr(self._run, method)(*arguments, **options)
+        except Exception as error:  # whatever it is, it is not worth a training
+            self._run = None
+            print(f"W&B: no longer logged to ({type(error).__name__}: {error}); training goes on", flush=True)
+
+
+def start(
+    logging: WandbSettings, *, run_name: str, kind: str, config: Mapping[str, Any], dir: Path
+) -> WatchedRun | None:
     """Starts this node's run and returns it, or None: W&B is not wanted, or this is not the node's first rank.
 
     Args:
@@ -52,7 +81,7 @@ def start(logging: WandbSettings, *, run_name: str, kind: str, config: Mapping[s
     print(f"W&B: {mode} ({reason})", flush=True)
     dir.mkdir(parents=True, exist_ok=True)
     host = socket.gethostname()
-    return wandb.init(
+    run = wandb.init(
         entity=logging.wandb_entity,
         project=logging.wandb_project,
         group=logging.wandb_group or group_name(kind, run_name, host),
@@ -62,6 +91,7 @@ def start(logging: WandbSettings, *, run_name: str, kind: str, config: Mapping[s
         dir=str(dir),
         mode=mode,  # type: ignore[arg-type]
     )
+    return WatchedRun(run)
 
 
 def group_name(kind: str, run_name: str, host: str) -> str:

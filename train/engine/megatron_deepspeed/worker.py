@@ -7,7 +7,6 @@ python -m torch.distributed.run ... -m train.engine.megatron_deepspeed.worker --
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import importlib.util
 import os
@@ -68,8 +67,7 @@ def _pretrain_watched(
             pretrain(run, arguments, leads=leads)
     except EndedEarlyError:
         if watched is not None:
-            with contextlib.suppress(Exception):  # the signal may have ended W&B's own process
-                watched.finish()
+            watched.finish()
         raise
     if watched is not None:
         watched.finish()

@@ -6,7 +6,6 @@ python -m torch.distributed.run ... -m train.engine.transformers.worker --recipe
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,13 +93,10 @@ def pretrain(recipe: PretrainRecipe, run_folder: RunFolder) -> None:
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=None if start is None else str(run_folder.step_dir(start)))
-    if early.reason is not None:
-        if watched is not None:
-            with contextlib.suppress(Exception):  # the signal may have ended W&B's own process
-                watched.finish()
-        raise early_end.EndedEarlyError(trainer.state.global_step, early.reason)
     if watched is not None:
         watched.finish()
+    if early.reason is not None:
+        raise early_end.EndedEarlyError(trainer.state.global_step, early.reason)
 
 
 def datasets(recipe: PretrainRecipe) -> tuple[GPTDataset, GPTDataset | None]:
