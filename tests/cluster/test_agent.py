@@ -190,7 +190,8 @@ def test_what_a_rank_leaves_behind_ends_with_it_and_holds_nobody_up(cluster):
     """A grandchild in its own session that holds the pipe open, as data loaders and W&B leave them."""
     end = cluster.run(
         "import subprocess, sys\n"
-        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(100)'], start_new_session=True)\nprint('done')"
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(100)'], start_new_session=True)\n"
+        "print('done')"
     )
     assert (end.exit_status, end.printed.count("done")) == (0, 2)
 

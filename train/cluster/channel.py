@@ -22,6 +22,7 @@ from typing import Any
 
 _LENGTH = struct.Struct(">I")
 _LARGEST_BYTES = 1 << 24
+_LARGEST_UNPROVEN_BYTES = 1 << 10  # from somebody who may be anybody
 _HANDSHAKE_S = 10.0
 
 
@@ -58,16 +59,19 @@ class Channel:
             except OSError as error:
                 raise ChannelError(str(error)) from None
 
-    def receive(self, timeout_s: float) -> dict[str, Any]:
+    def receive(self, timeout_s: float, *, largest_bytes: int = _LARGEST_BYTES) -> dict[str, Any]:
         """The next message.
 
         Raises:
-            ChannelError: none came in time, or the other side is gone.
+            ChannelError: none came in time, it is none of ours, or the other side is gone.
         """
         (length,) = _LENGTH.unpack(self._read(_LENGTH.size, timeout_s))
-        if length > _LARGEST_BYTES:
+        if length > largest_bytes:
             raise ChannelError(f"a message of {length} bytes is none of ours")
-        message: Any = json.loads(self._read(length, timeout_s))
+        try:
+            message: Any = json.loads(self._read(length, timeout_s))
+        except (ValueError, RecursionError):
+            raise ChannelError("a message that is no JSON is none of ours") from None
         if not isinstance(message, dict):
             raise ChannelError("a message that is no JSON object is none of ours")
         return message
@@ -86,6 +90,8 @@ class Channel:
                 self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
                 chunk = self._socket.recv(size - len(data))
             except TimeoutError:
+                if time.monotonic() < deadline:  # a thread that sends has set the socket's time-out to its own
+                    continue
                 raise ChannelError(f"no sign for {timeout_s:g} s") from None
             except OSError as error:
                 raise ChannelError(str(error)) from None
@@ -103,8 +109,8 @@ def welcome(connection: socket.socket, key: str) -> Channel:
     """
     channel, number = Channel(connection), secrets.token_hex(16)
     channel.send({"number": number})
-    answer = channel.receive(_HANDSHAKE_S)
-    if not hmac.compare_digest(str(answer.get("proof")), _proof(key, "agent", number)):
+    answer = channel.receive(_HANDSHAKE_S, largest_bytes=_LARGEST_UNPROVEN_BYTES)
+    if not _is_proof(answer, key, "agent", number):
         channel.close()
         raise ChannelError("somebody without the run's key")
     channel.send({"proof": _proof(key, "launcher", str(answer.get("number")))})
@@ -122,15 +128,20 @@ def connect(addresses: Sequence[str], port: int, key: str) -> Channel:
         try:
             channel = Channel(socket.create_connection((address, port), timeout=5))
             number = secrets.token_hex(16)
-            challenge = channel.receive(_HANDSHAKE_S)
+            challenge = channel.receive(_HANDSHAKE_S, largest_bytes=_LARGEST_UNPROVEN_BYTES)
             channel.send({"proof": _proof(key, "agent", str(challenge.get("number"))), "number": number})
-            if hmac.compare_digest(str(channel.receive(_HANDSHAKE_S).get("proof")), _proof(key, "launcher", number)):
+            answer = channel.receive(_HANDSHAKE_S, largest_bytes=_LARGEST_UNPROVEN_BYTES)
+            if _is_proof(answer, key, "launcher", number):
                 return channel
             channel.close()
             tried.append(f"{address}: it is not this run's launcher")
         except (OSError, ChannelError, ValueError) as error:
             tried.append(f"{address}: {error}")
     raise ChannelError(f"port {port} of the launcher cannot be reached ({'; '.join(tried)})")
+
+
+def _is_proof(answer: dict[str, Any], key: str, who: str, number: str) -> bool:
+    return hmac.compare_digest(str(answer.get("proof")).encode(), _proof(key, who, number).encode())
 
 
 def _proof(key: str, who: str, number: str) -> str:
