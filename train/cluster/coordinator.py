@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import secrets
+import signal
 import socket
 import threading
 import time
@@ -32,7 +33,9 @@ from train.errors import EXIT_FAILURE, EXIT_OK, EXIT_USER
 _ECHO_S = 0.5  # a rank that dies takes others with it; a signal's death so shortly after an error's is the cause
 _ECHO_GRACE_S = 3.0  # what the other ranks get to say their own last words
 _TRANSPORT_GRACE_S = 5.0
+_LONGEST_LINE = 1 << 16
 _KILLED = 128
+_ABORTED = 128 + signal.SIGABRT  # how NCCL and gloo end the ranks that a dead one has left alone
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Job:
     argv: tuple[str, ...]
     environment: Mapping[str, str]
     working_dir: Path
-    secrets: Mapping[str, str] = field(default_factory=dict)
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
     starter: str = "own"
     is_distributed: bool = True
     interface: str | None = None
@@ -145,6 +148,8 @@ class Coordinator:
             self._tell_over()
             for member in self._members.values():
                 member.channel.close()
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
         self._listener.close()
         (self._launch_dir / INVITATION).unlink(missing_ok=True)
 
@@ -152,7 +157,7 @@ class Coordinator:
 
     def output(self, chunk: bytes) -> None:
         """Reads what the transport prints: it alone knows of a host that could not be reached."""
-        *lines, self._rest = (self._rest + chunk.decode(errors="replace")).split("\n")
+        *lines, self._rest = (self._rest[-_LONGEST_LINE:] + chunk.decode(errors="replace")).split("\n")
         self._lines.extend(lines)
         with self._lock:
             if self._over_at is not None or self._failure is not None:
@@ -221,7 +226,7 @@ class Coordinator:
     def _serve(self, connection: socket.socket) -> None:
         try:
             channel = welcome(connection, self._key)
-            hello = channel.receive(self._job.node_timeout_s)
+            hello = channel.receive(self._job.join_timeout_s)  # it asks nvidia-smi and git first
         except (ChannelError, ValueError):
             return
         number = self._join(channel, hello)
@@ -284,7 +289,7 @@ class Coordinator:
             who = f"rank {rank}" if rank is not None else "a rank"
         last = "\n".join(f"    {line}" for line in message["lines"])
         text = f"{who} {_how(status)}. Its last lines:\n{last}" if last else f"{who} {_how(status)}, without a word."
-        self._fail(Failure(text, status), is_killed=status > _KILLED)
+        self._fail(Failure(text, status), is_killed=status > _KILLED and status != _ABORTED)
 
     def _start(self) -> None:
         """All are here: compares them, then tells each what to run."""
@@ -408,8 +413,6 @@ def _status(status: int) -> int:
 
 
 def _how(status: int) -> str:
-    import signal
-
     if status <= _KILLED:
         return f"ended with status {status}"
     try:
