@@ -81,10 +81,12 @@ def test_messages_arrive_whole_and_in_order_in_both_directions(pair):
 
 def test_many_threads_may_send_at_once(pair):
     agent, launcher = pair
-    senders = [
-        threading.Thread(target=lambda number=number: [launcher.send({"n": number, "pad": "z" * 5000}) for _ in range(20)])
-        for number in range(5)
-    ]  # fmt: skip
+
+    def send(number: int) -> None:
+        for _ in range(20):
+            launcher.send({"n": number, "pad": "z" * 5000})
+
+    senders = [threading.Thread(target=send, args=(number,)) for number in range(5)]
     for sender in senders:
         sender.start()
     assert sorted(agent.receive(10)["n"] for _ in range(100)) == [number for number in range(5) for _ in range(20)]

@@ -47,14 +47,24 @@ def interface_to(peer: str) -> str | None:
 
 
 def own_addresses(peers: Iterable[str]) -> list[str]:
-    """Where `peers` may reach this machine: the addresses on the routes to them first, then all others it has."""
+    """Where `peers` may reach this machine: the addresses on the routes to them first, then all others it has.
+
+    Those of the loopback come last. Debian's /etc/hosts gives a machine's own name 127.0.1.1, and one of the peers may
+    be this machine: it would show itself there, and be what the others take for the master's address.
+    """
     import psutil
 
     routed = [address for peer in peers if (address := source_address(peer)) is not None]
     others = [
         item.address for found in psutil.net_if_addrs().values() for item in found if item.family == socket.AF_INET
     ]
-    return list(dict.fromkeys([*routed, *others]))
+    return sorted(dict.fromkeys([*routed, *others]), key=_is_loopback)
+
+
+def _is_loopback(address: str) -> bool:
+    import ipaddress
+
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 def network_of(address: str) -> str | None:

@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from train import process
+from train.cluster.secrets import PROXIES, holds_password
 
 _CARRIED = {
     "PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", "CONDA_PREFIX", "CUDA_HOME", "CUDA_PATH", "MODULEPATH",
-    "LANG", "LC_ALL", "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY",
+    "LANG", "LC_ALL", *PROXIES,
 }  # fmt: skip
 _CARRIED_PREFIXES = (
     "NCCL_", "GLOO_", "UCX_", "FI_", "OMP_", "MKL_", "TORCH_", "PYTORCH_", "TRITON_", "CUDA_DEVICE_", "DS_", "HF_",
@@ -35,6 +36,7 @@ def carried(environment: Mapping[str, str]) -> dict[str, str]:
         for name, value in sorted(environment.items())
         if (name in _CARRIED or name.startswith(_CARRIED_PREFIXES))
         and not process.is_secret(name)
+        and not holds_password(value)
         and name != process.MARK
     }
 
@@ -86,11 +88,11 @@ def build(
         "hard=$(ulimit -Hn)",
         f'if [[ "${{hard}}" == unlimited || "${{hard}}" -ge {max_open_files} ]]; then hard={max_open_files}; fi',
         'ulimit -Sn "${hard}" 2>/dev/null',
-        f'[[ -x {interpreter} ]] ||'
+        f"[[ -x {interpreter} ]] ||"
         f' fail "there is no "{interpreter}": install the environment where every node sees it"',
         f'cd {folder} || fail "there is no "{folder}": the run must stand where every node sees it"',
         f'reason=$({interpreter} -c "import train.cluster.agent" 2>&1) ||'
-        f' fail {interpreter}" has no package train: ${{reason##*$\'\\n\'}}"',
+        f" fail {interpreter}\" has no package train: ${{reason##*$'\\n'}}\"",
         f'exec {interpreter} -m train.cluster.agent --launch_dir {shlex.quote(str(launch_dir))} "$@"',
     ]
     return "\n".join(lines) + "\n"

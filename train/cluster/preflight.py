@@ -12,8 +12,9 @@ from typing import Any
 
 _SAME = (
     "interpreter", "python", "torch", "CUDA", "NCCL", "deepspeed", "transformers", "accelerate", "trl", "numpy",
-    "sentencepiece", "flash-attn", "apex", "engine", "driver", "GPU", "GPUs",
+    "sentencepiece", "flash-attn", "apex", "engine",
 )  # fmt: skip
+_GPU = ("driver", "GPU", "GPUs")
 _TOLD = ("cores", "open files", "locked memory")  # may differ: worth a line, not a refusal
 _CLOCK_S = 30.0
 _LEAST_FREE_MIB = 64
@@ -48,11 +49,12 @@ def compare(facts: Mapping[str, Mapping[str, Any]], *, processes: int, device: s
     problems: list[str] = []
     notes: list[str] = []
     rows = []
-    for name in _SAME + _TOLD:
+    same = _SAME + _GPU if device == "cuda" else _SAME
+    for name in same + _TOLD:
         values = [facts[node].get(name) for node in nodes]
         if len({str(value) for value in values}) > 1:
             rows.append((name, [_shown(value) for value in values]))
-            sink = problems if name in _SAME else notes
+            sink = notes if name in _TOLD else problems
             sink.append(f"{name}: {_groups(nodes, values)}.")
     for node in nodes:
         told = facts[node]

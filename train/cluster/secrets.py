@@ -10,10 +10,19 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from train.errors import UserError
+from train.errors import UserError, refuse
 
 _NEEDED = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
 _LINE = re.compile(r"(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)=(.*)")
+_QUOTED = re.compile(r"\"[^\"]*\"|'[^']*'")
+
+PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+_PASSWORD_IN_ADDRESS = re.compile(r"://[^/\s@]+@")
+
+
+def holds_password(value: str) -> bool:
+    """Whether a variable holds an address with a login in it, as in http_proxy=http://me:password@proxy."""
+    return _PASSWORD_IN_ADDRESS.search(value) is not None
 
 
 def collect(environment: Mapping[str, str], secrets_file: Path | None) -> dict[str, str]:
@@ -23,6 +32,7 @@ def collect(environment: Mapping[str, str], secrets_file: Path | None) -> dict[s
         UserError: the file is missing, readable by others, or not NAME=VALUE lines.
     """
     found = {name: environment[name] for name in _NEEDED if environment.get(name)}
+    found |= {name: value for name, value in environment.items() if name in PROXIES and holds_password(value)}
     return found | (read(secrets_file) if secrets_file is not None else {})
 
 
@@ -40,12 +50,14 @@ def read(file: Path) -> dict[str, str]:
         raise UserError(f"--secrets_file {file} cannot be read ({type(error).__name__}): name a text file.") from None
     if status.st_mode & 0o077:
         raise UserError(f"--secrets_file {file} can be read by others: chmod 600 it.")
-    found = {}
+    found, problems = {}, []
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         match = _LINE.fullmatch(line.strip())
         if match is None:
-            raise UserError(f"--secrets_file {file}, line {number}: NAME=VALUE was expected.")
-        found[match[1]] = match[2].strip("\"'")
+            problems.append(f"--secrets_file {file}, line {number}: NAME=VALUE was expected.")
+        else:
+            found[match[1]] = match[2][1:-1] if _QUOTED.fullmatch(match[2]) else match[2]
+    refuse(problems)
     return found
