@@ -29,6 +29,7 @@ _SECRET_NAME = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|API_?KEY|CREDENTIALS?)(_
 MARK = "TRAIN_RUN_MARK"  # the environment variable by which everything that a run started is found
 _LIBC = ctypes.CDLL(None)  # loaded here: nothing may be loaded between fork and exec
 _POLL_S = 0.5
+Child = subprocess.Popen[bytes]
 _GRACE_S = 30.0  # what a child gets between our signal and SIGKILL: long enough for the last log lines
 
 
@@ -136,6 +137,31 @@ def run(command: Command, *, log: Path | None = None, watcher: Watcher | None = 
     return return_code if return_code >= 0 else 128 - return_code
 
 
+def start(argv: Sequence[str], environment: Mapping[str, str], working_dir: str | None) -> Child:
+    """Starts a program that the caller watches itself; what it prints goes to its `stdout`, a pipe.
+
+    It runs in a session of its own, and the kernel kills it when this process dies.
+
+    Args:
+        argv: the program and its arguments.
+        environment: all of its variables.
+        working_dir: where it runs; this process's folder when None.
+
+    Raises:
+        OSError: there is no such program or folder.
+    """
+    return subprocess.Popen(
+        argv,
+        env=environment,
+        cwd=working_dir,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=_killed_with_parent if sys.platform == "linux" else None,
+    )
+
+
 def capture(command: Command, *, timeout_s: float = 60.0) -> tuple[int, str]:
     """Runs a short command and returns its exit status and everything it printed; 127 when it does not exist."""
     try:
@@ -218,6 +244,11 @@ def kill_marked(mark: str) -> None:
 def end_with_parent() -> None:
     """In the child: asks the kernel for SIGTERM when the process that started it dies (prctl, PR_SET_PDEATHSIG)."""
     _LIBC.prctl(1, signal.SIGTERM)
+
+
+def _killed_with_parent() -> None:
+    """In the child: as `end_with_parent`, with the signal that nobody can hold up."""
+    _LIBC.prctl(1, signal.SIGKILL)
 
 
 def signal_group(child: subprocess.Popen[bytes], number: int) -> None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import base64
 import collections
 import contextlib
-import ctypes
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 import uuid
@@ -20,7 +18,6 @@ from typing import Any
 from train import process
 from train.cluster.steady_output import SteadyOutput
 
-_LIBC = ctypes.CDLL(None)
 _TAIL_LINES = 25
 _LAST_WORDS_S = 2.0
 _MOMENT_S = 0.05
@@ -114,7 +111,7 @@ def build_environment(
 
 @dataclass
 class _Process:
-    child: subprocess.Popen[bytes]
+    child: process.Child
     local_rank: int
     rest: bytes = b""
     tail: collections.deque[str] = field(default_factory=lambda: collections.deque(maxlen=_TAIL_LINES))
@@ -136,7 +133,7 @@ class NodeRanks:
         try:
             for local in range(count):
                 environment = build_environment(order, local, interface, inherited)
-                self._processes.append(_Process(_start(order, environment), local))
+                self._processes.append(_Process(process.start(build_argv(order), environment, order.working_dir), local))
         except OSError:
             self.kill()
             raise
@@ -229,24 +226,6 @@ class NodeRanks:
             for _ in range(_PIPE_READS):  # a child of it may go on printing, too
                 if not pipe.closed:
                     self.copy_output([pipe])
-
-
-def _start(order: Order, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        build_argv(order),
-        env=environment,
-        cwd=order.working_dir,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        preexec_fn=_die_with_agent if sys.platform == "linux" else None,
-    )
-
-
-def _die_with_agent() -> None:
-    """In the rank: asks the kernel for SIGKILL when the agent dies (prctl, PR_SET_PDEATHSIG)."""
-    _LIBC.prctl(1, signal.SIGKILL)
 
 
 def _readable(lines: bytes) -> list[str]:
