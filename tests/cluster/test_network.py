@@ -54,7 +54,9 @@ def test_the_port_follows_from_the_job_and_a_taken_one_is_passed_over():
 
 def test_no_free_port_is_told_with_the_node(monkeypatch):
     monkeypatch.setattr(network, "_PORTS", range(20000, 20001))
-    with contextlib.closing(socket.create_server(("127.0.0.1", 20000))):
-        with pytest.raises(OSError, match="no port from 20000 to 20000 is free") as caught:
-            network.free_port("job", host="127.0.0.1")
+    with (
+        contextlib.closing(socket.create_server(("127.0.0.1", 20000))),
+        pytest.raises(OSError, match="no port from 20000 to 20000 is free") as caught,
+    ):
+        network.free_port("job", host="127.0.0.1")
     assert os.uname().nodename in str(caught.value)

@@ -216,10 +216,10 @@ time.sleep(100)
 
 
 def test_ranks_end_when_the_agent_is_killed(tmp_path):
-    code = f"""
-import os, signal, sys, time
+    code = """
+import sys, time
 from train.cluster.node_ranks import NodeRanks, Order
-order = Order([sys.executable, "-c", "import time; time.sleep(100)"], {{}}, 2, 0, 1, "127.0.0.1", 20001)
+order = Order([sys.executable, "-c", "import time; time.sleep(100)"], {}, 2, 0, 1, "127.0.0.1", 20001)
 ranks = NodeRanks(order, None)
 print(*[item.child.pid for item in ranks._processes], flush=True)
 time.sleep(100)

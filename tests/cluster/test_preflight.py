@@ -7,8 +7,9 @@ from typing import Any
 from train.cluster import preflight
 
 SAME: dict[str, Any] = {
-    "interpreter": "/env/bin/python", "python": "3.12.3", "torch": "2.13.0", "CUDA": "13.0", "NCCL": "2.28", "GPU": "H200",
-    "engine": "abc", "driver": "580", "GPUs": 8, "cores": 64, "open files": 262144, "locked memory": -1, "clock": 0.1,
+    "interpreter": "/env/bin/python", "python": "3.12.3", "torch": "2.13.0", "CUDA": "13.0", "NCCL": "2.28",
+    "GPU": "H200", "engine": "abc", "driver": "580", "GPUs": 8, "cores": 64, "open files": 262144, "locked memory": -1,
+    "clock": 0.1,
     "temporary folder": "/tmp", "free MiB there": 9000, "unseen": [],
 }  # fmt: skip
 

@@ -58,7 +58,7 @@ def test_what_is_no_text_file_is_refused(tmp_path, kind):
     file = tmp_path / "no" if kind == "missing" else tmp_path
     if kind == "binary":
         file = written(tmp_path, b"A=\xff\xfeplanted")
-    with pytest.raises(UserError, match="cannot be read .*: name a text file") as caught:
+    with pytest.raises(UserError, match=r"cannot be read .*: name a text file") as caught:
         secrets.read(file)
     assert "planted" not in str(caught.value) and caught.value.__suppress_context__
 

@@ -77,22 +77,34 @@ def build(
             'type module >/dev/null 2>&1 || fail "environment modules are not installed, --modules needs them"',
         ]
         for name in modules:
-            quoted = shlex.quote(name)
-            lines.append(f'module load {quoted} || fail "module load "{quoted}" failed"')
+            lines.append(f"module load {shlex.quote(name)} || {_fail(f'module load {name} failed')}")
     if node_setup is not None:
         file = shlex.quote(str(node_setup))
-        lines.append(f'[[ -r {file} ]] || fail "--node_setup "{file}" cannot be read here"')
-        lines.append(f'source {file} || fail "--node_setup "{file}" failed with status $?"')
+        lines += [
+            f"[[ -f {file} && -r {file} ]] || {_fail(f'--node_setup {node_setup} cannot be read here')}",
+            "ended() {",
+            "    status=$?",
+            "    trap - EXIT",
+            f'    {_fail(f"--node_setup {node_setup} failed with status ")}"${{status}}"',
+            "}",
+            "trap ended EXIT  # it may exit, and this shell with it",
+            f"source {file} || ended",
+            "trap - EXIT",
+        ]
     interpreter, folder = shlex.quote(python), shlex.quote(str(working_dir))
     lines += [
         "hard=$(ulimit -Hn)",
         f'if [[ "${{hard}}" == unlimited || "${{hard}}" -ge {max_open_files} ]]; then hard={max_open_files}; fi',
-        'ulimit -Sn "${hard}" 2>/dev/null',
-        f"[[ -x {interpreter} ]] ||"
-        f' fail "there is no "{interpreter}": install the environment where every node sees it"',
-        f'cd {folder} || fail "there is no "{folder}": the run must stand where every node sees it"',
-        f'reason=$({interpreter} -c "import train.cluster.agent" 2>&1) ||'
+        'ulimit -Sn "${hard}" 2>/dev/null || true',
+        f"[[ -x {interpreter} ]] || {_fail(f'there is no {python}: install the environment where every node sees it')}",
+        f"cd {folder} || {_fail(f'there is no {working_dir}: the run must stand where every node sees it')}",
+        # -P: the folder may hold a train.py of the user's own
+        f'reason=$({interpreter} -P -c "import train.cluster.agent" 2>&1) ||'
         f" fail {interpreter}\" has no package train: ${{reason##*$'\\n'}}\"",
-        f'exec {interpreter} -m train.cluster.agent --launch_dir {shlex.quote(str(launch_dir))} "$@"',
+        f'exec {interpreter} -P -m train.cluster.agent --launch_dir {shlex.quote(str(launch_dir))} "$@"',
     ]
     return "\n".join(lines) + "\n"
+
+
+def _fail(message: str) -> str:
+    return f"fail {shlex.quote(message)}"
