@@ -16,6 +16,7 @@ import json
 import os
 import secrets
 import signal
+import signal
 import socket
 import threading
 import time
@@ -173,7 +174,8 @@ class Coordinator:
     def signalled(self, number: int) -> None:
         """The launcher was asked to end: the ranks are, too. Asked again by Ctrl-C, it does not wait."""
         with self._lock:
-            is_again = self._asked is not None
+            # not so for SIGTERM: schedulers send it to every process of a job, and the agents pass on what they get
+            is_again = self._asked is not None and number == signal.SIGINT
             self._asked = self._asked or number
             if not self._has_started or is_again:
                 self._end(0)
