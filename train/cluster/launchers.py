@@ -121,7 +121,7 @@ def build(
         argv += ["--mpi=none", "--kill-on-bad-exit=0", "--export=ALL", "--unbuffered", "--overlap"]
         return Command((*argv, *start), hides_secrets=True)
     assert ssh_config is not None
-    remote = shlex.join(start)
+    remote = shlex.join(start).replace("%", "%%")  # pdsh and clush put host names in for %h and the like
     if launcher == "pdsh":
         # pdsh cuts its ssh arguments at spaces: the configuration is named from its own folder
         argv = ["pdsh", "-R", "ssh", "-S", "-f", str(max(32, count)), "-w", hosts, f"{remote} --node %h"]

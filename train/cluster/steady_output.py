@@ -18,13 +18,14 @@ class SteadyOutput:
         self._descriptor = descriptor
         self._condition = threading.Condition()
         self._waiting = b""
-        self._is_writing = False
+        self._bytes_left = 0  # also of what is being written
         self._has_begun = False
 
     def write(self, data: bytes) -> None:
         """Hands over what is to be written next."""
         with self._condition:
             self._waiting += data
+            self._bytes_left += len(data)
             self._condition.notify_all()
             if not self._has_begun:  # not before: a program that has threads should not fork
                 self._has_begun = True
@@ -33,28 +34,29 @@ class SteadyOutput:
     def is_waiting(self) -> bool:
         """Whether something is not written yet."""
         with self._condition:
-            return bool(self._waiting) or self._is_writing
+            return self._bytes_left > 0
 
     def is_behind(self) -> bool:
         """Whether so much waits that no more should come."""
         with self._condition:
-            return len(self._waiting) > _MOST_WAITING_BYTES
+            return self._bytes_left > _MOST_WAITING_BYTES
 
     def finish(self, timeout_s: float) -> bool:
         """Waits until all is written, at most `timeout_s`; whether it is."""
         with self._condition:
-            return self._condition.wait_for(lambda: not self._waiting and not self._is_writing, timeout_s)
+            return self._condition.wait_for(lambda: not self._bytes_left, timeout_s)
 
     def _copy(self) -> None:
         while True:
             with self._condition:
                 self._condition.wait_for(lambda: self._waiting)
-                data, self._waiting, self._is_writing = self._waiting, b"", True
+                data, self._waiting = self._waiting, b""
+                size = len(data)
             try:
                 while data:
                     data = data[os.write(self._descriptor, data) :]
             except OSError:  # whoever read it is gone; the launcher's silence will tell
                 pass
             with self._condition:
-                self._is_writing = False
+                self._bytes_left -= size
                 self._condition.notify_all()
