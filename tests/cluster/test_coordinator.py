@@ -245,6 +245,18 @@ def test_sigterm_goes_to_all_ranks_and_what_they_saved_counts_as_interrupted(pla
     assert play.over() == Failure("", 143)
 
 
+def test_sigterm_twice_does_not_cut_a_save_short(play):
+    """Schedulers send it to every process of a job: the launcher gets it, and hears of the agents' too."""
+    first, _ = play.started("node1", "node2")
+    play.coordinator.signalled(signal.SIGTERM)
+    play.coordinator.signalled(signal.SIGTERM)
+    first.send({"kind": "asked", "number": signal.SIGTERM})
+    first.send({"kind": "alive"})
+    assert hear(first, "alive") and play.coordinator._give_up_at is None
+    play.coordinator.signalled(signal.SIGINT)
+    assert hear(first, "end")["grace_s"] == 0
+
+
 def test_after_the_grace_all_are_killed(tmp_path):
     with Play(tmp_path, grace_s=0.2) as play:
         first, second = play.started("node1", "node2")

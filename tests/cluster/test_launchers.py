@@ -1,4 +1,4 @@
-"""How nodes are reached: argv and environment of each transport, what it says of lost hosts, and real pdsh and clush."""
+"""How nodes are reached: argv and environment of each transport, words on lost hosts, and real pdsh and clush."""
 
 from __future__ import annotations
 

@@ -114,3 +114,78 @@ def test_capture_answers_for_a_missing_program_and_a_slow_one():
     assert process.capture(Command(("no-such-program-here",)))[0] == 127
     assert process.capture(python("import time; time.sleep(30)"), timeout_s=0.2)[0] == 124
     assert process.capture(python("print('x')")) == (0, "x\n")
+
+
+class Watching:
+    """A watcher that writes down what it is told, and has the program killed once `over` holds."""
+
+    def __init__(self, over=lambda _: False):
+        self.printed, self.signals, self.asked, self._over = b"", [], 0, over
+
+    def output(self, chunk):
+        self.printed += chunk
+
+    def signalled(self, number):
+        self.signals.append(number)
+
+    def is_over(self):
+        self.asked += 1
+        return self._over(self)
+
+
+def test_a_watcher_sees_all_output_and_leaves_a_good_end_alone(tmp_path, capfd):
+    watcher = Watching()
+    assert process.run(python("print('a' * 100_000); print('end')"), log=tmp_path / "log", watcher=watcher) == 0
+    assert watcher.printed == (tmp_path / "log").read_bytes() == capfd.readouterr().out.encode()
+    assert watcher.printed.endswith(b"end\n") and watcher.asked and watcher.signals == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_watcher_is_told_of_signals_and_the_program_is_not(number, capfd):
+    """Nothing else ends the program, whose own status then counts."""
+    watcher = Watching()
+    code = f"import os, signal, time; signal.signal({int(number)}, signal.SIG_DFL);"
+    code += f"os.kill(os.getppid(), {int(number)}); time.sleep(1.5); print('went on'); raise SystemExit(7)"
+    before = signal.getsignal(number)
+    assert process.run(python(code), watcher=watcher) == 7
+    assert watcher.signals == [number] and watcher.printed == b"went on\n"
+    assert signal.getsignal(number) is before
+    capfd.readouterr()
+
+
+def test_a_watcher_that_says_over_has_the_program_and_all_it_started_killed(tmp_path, capfd):
+    pids = tmp_path / "pids"
+    inner = f"import os, time; open({str(pids)!r}, 'a').write(f'{{os.getpid()}}\\n'); time.sleep(60)"
+    code = (
+        f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {inner!r}], start_new_session=True)\n{inner}"
+    )
+    watcher = Watching(over=lambda _: pids.exists() and len(pids.read_text().split()) == 2)
+    assert process.run(python(code), watcher=watcher) == 128 + 9
+    ends_soon(pids)
+
+
+def test_a_watchers_own_error_leaves_nothing_running(tmp_path):
+    pid = tmp_path / "pid"
+
+    def broken(_):
+        if pid.exists() and pid.read_text():
+            raise RuntimeError("broken")
+
+    code = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    with pytest.raises(RuntimeError, match="broken"):
+        process.run(python(code), watcher=Watching(over=broken))
+    ends_soon(pid)
+
+
+@pytest.mark.parametrize("runner", [process.run, process.capture])
+def test_secrets_stay_here_when_a_command_hides_them(monkeypatch, capfd, runner):
+    for name in ("WANDB_API_KEY", "HF_TOKEN", "MY_PASSWORD", "aws_secret_access_key"):
+        monkeypatch.setenv(name, "planted")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    code = "import os; print(sorted(name for name, value in os.environ.items() if value == 'planted'));"
+    code += "print(os.environ['TOKENIZERS_PARALLELISM'], os.environ['GIVEN_TOKEN'])"
+    hidden = Command((sys.executable, "-c", code), {"GIVEN_TOKEN": "meant"}, hides_secrets=True)
+    told = runner(hidden)
+    text = told[1] if isinstance(told, tuple) else capfd.readouterr().out
+    assert text == "[]\nfalse meant\n"
+    assert process.capture(python(code, GIVEN_TOKEN="x"))[1].count("'") == 8

@@ -16,7 +16,6 @@ import json
 import os
 import secrets
 import signal
-import signal
 import socket
 import threading
 import time

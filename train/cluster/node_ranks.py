@@ -133,7 +133,8 @@ class NodeRanks:
         try:
             for local in range(count):
                 environment = build_environment(order, local, interface, inherited)
-                self._processes.append(_Process(process.start(build_argv(order), environment, order.working_dir), local))
+                child = process.start(build_argv(order), environment, order.working_dir)
+                self._processes.append(_Process(child, local))
         except OSError:
             self.kill()
             raise
