@@ -143,8 +143,10 @@ def wait_until(condition: Callable[[], Any], what: str, patience_s: float = PATI
 
 def _launcher(spec: dict[str, Any]) -> int:
     """What `train.cluster.launch.run` does, with the transport below."""
+    from train.cluster import coordinator as coordinators
     from train.cluster.coordinator import Coordinator, Job
 
+    coordinators._ECHO_GRACE_S, coordinators._TRANSPORT_GRACE_S = 1.0, 1.5  # tests need not wait as long as users do
     launch_dir = Path(spec["launch_dir"])
     paths = {name: tuple(Path(path) for path in spec["job"].pop(name, ())) for name in ("paths",)}
     words = {name: tuple(spec["job"].pop(name)) for name in ("nodes", "argv")}

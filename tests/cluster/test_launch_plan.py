@@ -70,7 +70,8 @@ def test_a_dry_run_shows_what_would_run_and_no_secret(tmp_path, monkeypatch):
 def test_settings_reach_the_job(tmp_path):
     cluster = ClusterSettings(
         launcher="ssh", starter="torchrun", network_interface="lo", preflight="warn", join_timeout_s=7,
-        node_timeout_s=8, grace_s=9, time_budget_min=1, modules=("cuda/1",), node_setup=Path("setup.sh"), max_open_files=77,
+        node_timeout_s=8, grace_s=9, time_budget_min=1, modules=("cuda/1",), node_setup=Path("setup.sh"),
+        max_open_files=77,
     )  # fmt: skip
     made = plan(tmp_path, TWO, cluster, engine_dir=tmp_path)
     job = made.job
