@@ -15,8 +15,6 @@ from typing import Any, NamedTuple
 import pytest
 from megatron_tiny_run import flags
 
-from train.errors import EXIT_FAILURE
-
 pytestmark = [pytest.mark.slow, pytest.mark.megatron, pytest.mark.xdist_group("megatron_engine")]
 SHAPE = {"zero_stage": 1, "save_interval": 2, "eval_interval": 0, "split": "100"}
 TP2_PP2 = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "num_processes": 4}
@@ -97,7 +95,7 @@ def test_killed_while_saving_and_while_training(start: Any, output: Path) -> Non
     finish(start("whole", **PP2))
     job = output / "checkpoint" / "killed"
     for moment in MOMENTS:
-        finish(start("killed", kill_at=moment, **PP2), EXIT_FAILURE)
+        finish(start("killed", kill_at=moment, **PP2), 128 + signal.SIGKILL)
         assert not ranks(output, "killed")
     # killed before `latest` was moved on: the checkpoint is whole, and the pointers are behind
     assert (job / "global_step4").is_dir() and (job / "latest").read_text() == "global_step2"
@@ -110,7 +108,7 @@ def test_killed_while_saving_and_while_training(start: Any, output: Path) -> Non
     victims = ranks(output, "killed")
     assert len(victims) == 2
     os.kill(victims[1], signal.SIGKILL)
-    said = finish(running, EXIT_FAILURE)
+    said = finish(running, 128 + signal.SIGKILL)
     assert "resume: latest names 'global_step2'" in said and "going on from global_step4" in said
     assert not ranks(output, "killed")
 
