@@ -27,11 +27,12 @@ CHAINS = [
         "docs/step5_upload_finetuned_model.md",
         "docs/megatron_deepspeed.md",
     ],
-    ["docs/submit.md"],
+    ["docs/clusters.md", "docs/cluster_nodes.md", "docs/submit.md"],
 ]
 # Blocks that are not run here, and where they are run instead.
 ELSEWHERE = {
     "make demo": "tests/test_demo.py runs the demo",
+    "make test-system": "it makes clusters on the machine; .ci/run calls it",
     "make test": "this is what is running",
     "bash scripts/common/install_megatron_deepspeed.sh": "it needs a network; tests/engine installs from a local clone",
     "make install": "the tests stand on what it installed; make lint and make test-fast are parts of make test",
