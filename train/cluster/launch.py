@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import sys
@@ -18,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train import outputs, process
-from train.cluster import launchers, network, node_script, secrets
+from train.cluster import launchers, measure, network, node_script, secrets, slow_nodes
 from train.cluster.allocation import Allocation
 from train.cluster.coordinator import Coordinator, Job
 from train.cluster.settings import ClusterSettings
 from train.early_end import END_BY_VARIABLE
-from train.errors import EXIT_OK
+from train.errors import EXIT_OK, EXIT_USER
 from train.process import Command
 
 
@@ -38,6 +39,7 @@ class Plan:
         files: what is written there first.
         reason: why this launcher.
         rank: the command of each rank, for people to read.
+        measurement: what runs before it and must find no slow node (`--preflight measure`).
     """
 
     job: Job
@@ -46,13 +48,15 @@ class Plan:
     files: dict[Path, str]
     reason: str
     rank: Command
+    measurement: Plan | None = None
 
     def text(self) -> str:
         """What would run, for --dry_run."""
         shown = "".join(f"# {file}\n{text.rstrip()}\n\n" for file, text in self.files.items())
         nodes = "here" if self.job.is_local else f"on each of {', '.join(self.job.nodes)}"
         ranks = f"{self.job.processes} x {nodes}" if self.job.is_distributed else "once, here"
-        return f"{shown}# {self.reason}\n{self.transport.text()}\n\n# in the end, {ranks}:\n{self.rank.text()}"
+        first = f"{self.measurement.text()}\n\n" if self.measurement is not None else ""
+        return f"{first}{shown}# {self.reason}\n{self.transport.text()}\n\n# in the end, {ranks}:\n{self.rank.text()}"
 
 
 @dataclass(frozen=True)
@@ -137,11 +141,52 @@ def plan(
         node_timeout_s=cluster.node_timeout_s,
         grace_s=cluster.grace_s,
     )
-    return Plan(job, transport, launch_dir, files, f"launcher: {launcher} ({why})", command)
+    first = None
+    if cluster.preflight == "measure":
+        first = plan_measurement(
+            allocation,
+            cluster,
+            launch_dir=launch_dir / "measure",
+            job_name=job_name,
+            paths=job.paths,
+            engine_dir=engine_dir,
+        )
+    return Plan(job, transport, launch_dir, files, f"launcher: {launcher} ({why})", command, first)
+
+
+def plan_measurement(
+    allocation: Allocation,
+    cluster: ClusterSettings,
+    *,
+    launch_dir: Path,
+    job_name: str,
+    paths: Iterable[Path] = (),
+    engine_dir: Path | None = None,
+) -> Plan:
+    """Builds the launch of `train.cluster.measure` on all nodes; the arguments are those of `plan`."""
+    how = "warn" if cluster.preflight == "warn" else "check"
+    return plan(
+        measure.build_command(allocation, launch_dir.absolute() / measure.FIGURES),
+        allocation,
+        dataclasses.replace(cluster, preflight=how, starter="own", time_budget_min=0),
+        launch_dir=launch_dir,
+        job_name=f"{job_name} measure",
+        paths=paths,
+        engine_dir=engine_dir,
+    )
 
 
 def run(plan: Plan, *, log: Path) -> End:
-    """Starts a launch, copies what it prints to the terminal and to `log`, and waits for its end."""
+    """Starts a launch, copies what it prints to the terminal and to `log`, and waits for its end.
+
+    With a measurement before it, nodes that are found slow end it with exit status 2.
+    """
+    if plan.measurement is not None:
+        end, report = run_measurement(plan.measurement, log=log)
+        if report is not None and report.problems:
+            end = End(EXIT_USER, "\n".join((*report.problems, "--preflight check starts without measuring.")))
+        if end.exit_status != EXIT_OK:
+            return end
     for file, text in {**plan.rank.files, **plan.files}.items():
         outputs.write_text(file, text)
     with Coordinator(plan.job, plan.launch_dir) as coordinator:
@@ -150,6 +195,27 @@ def run(plan: Plan, *, log: Path) -> End:
     if failure is None:
         return End(EXIT_OK, "")
     return End(failure.exit_status, failure.text)
+
+
+def run_measurement(plan: Plan, *, log: Path) -> tuple[End, slow_nodes.Report | None]:
+    """Measures, and prints a table of all nodes.
+
+    Returns:
+        How it ended, and what it found when it ended well.
+
+    Raises:
+        UserError: the nodes' figures cannot be read.
+    """
+    print("measuring matrix products and all-reduce on every node", flush=True)
+    end = run(plan, log=log)
+    if end.exit_status != EXIT_OK:
+        return end, None
+    figures = measure.read(plan.launch_dir / measure.FIGURES)
+    report = slow_nodes.compare(figures, nodes=plan.job.nodes, device=plan.job.device)
+    print(report.table, flush=True)
+    if report.all_reduce_over_all_gb_per_s is not None:
+        print(f"all-reduce over all nodes: {report.all_reduce_over_all_gb_per_s:.3g} GB/s", flush=True)
+    return end, report
 
 
 def clean_up(launch_dir: Path) -> None:
