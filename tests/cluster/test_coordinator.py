@@ -283,7 +283,7 @@ def test_what_the_transport_says_of_a_host_ends_the_run(play):
     assert hear(first, "end")
     ended(first)
     failure = play.over()
-    assert failure is not None and failure.exit_status == 255
+    assert failure is not None and failure.exit_status == 2
     assert failure.text.startswith("node2 could not be started (status 255).")
     assert "Connection refused" in failure.text
 

@@ -191,3 +191,16 @@ def test_no_secret_of_the_environment_reaches_a_transport(script, monkeypatch):
     script.write_text(f"{sys.executable!r} -c 'import json, os; print(json.dumps(dict(os.environ)))'\n")
     status, (line,) = said(build("local", script=script))
     assert status == 0 and "planted" not in json.loads(line).values()
+
+
+@pytest.mark.parametrize(
+    ("variables", "cores"),
+    [
+        ({"SLURM_JOB_CPUS_PER_NODE": "208(x2)", "SLURM_CPUS_ON_NODE": "208"}, 208),
+        ({"SLURM_JOB_CPUS_PER_NODE": "208(x2),96", "SLURM_CPUS_ON_NODE": "208"}, 96),
+        ({"SLURM_CPUS_ON_NODE": "4"}, 4),
+        ({}, 1),
+    ],
+)
+def test_a_step_asks_for_no_more_cores_than_the_smallest_node_has(variables: dict[str, str], cores: int) -> None:
+    assert launchers._cores(variables) == cores

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from small_cluster import SmallCluster  # type: ignore[import-not-found]
+from small_cluster import SmallCluster, wait_until  # type: ignore[import-not-found]
 
 from train.cluster import launch, measure, slow_nodes
 from train.cluster.allocation import Allocation
+from train.cluster.measure_nodes import MeasureSettings, measure_nodes
 from train.cluster.settings import ClusterSettings
 from train.cluster.slow_nodes import RankFigures
 from train.errors import UserError
 from train.process import Command
+from train.settings import parse
 
 HERE = Allocation(("localhost",), 2, "cpu", "for the test")
 TWO = Allocation(("node1", "node2"), 4, "cuda", "for the test")
@@ -115,3 +119,77 @@ def test_a_measurement_that_fails_keeps_the_run_from_starting(tmp_path, capfd, m
     end = launch.run(plan(tmp_path), log=tmp_path / "run.log")
     assert end.exit_status == 1 and end.text.endswith("no memory left on this GPU")
     capfd.readouterr()
+
+
+def settings(folder: Path, **given: object) -> MeasureSettings:
+    return MeasureSettings(**{"output": folder / "out" / "m.json", "num_processes": 2, "device": "cpu", **given})  # type: ignore[arg-type]
+
+
+def test_a_dry_run_writes_nothing(tmp_path, capfd):
+    assert measure_nodes(settings(tmp_path, dry_run=True)) == 0
+    assert "train.cluster.measure --device cpu" in capfd.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_there_is_kept_and_nothing_is_measured(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "m.json").write_text("mine")
+    monkeypatch.setattr(launch, "run", lambda *_, **__: pytest.fail("it measured"))
+    with pytest.raises(UserError, match="--overwrite"):
+        measure_nodes(settings(tmp_path))
+    assert (tmp_path / "out" / "m.json").read_text() == "mine"
+
+
+def test_fewer_than_no_processes_are_refused(tmp_path):
+    with pytest.raises(UserError, match="--num_processes -1: it must be 0 or more"):
+        parse(MeasureSettings, ["--num_processes", "-1"], program="measure_nodes.py", description="", example="")
+
+
+def test_a_rank_that_fails_leaves_no_file(tmp_path, capfd, monkeypatch):
+    code = "raise SystemExit('no memory left on this GPU')"
+    monkeypatch.setattr(measure, "build_command", lambda *_: Command((sys.executable, "-c", code)))
+    with pytest.raises(UserError, match="no memory left on this GPU") as caught:
+        measure_nodes(settings(tmp_path))
+    assert caught.value.exit_code == 1
+    assert list((tmp_path / "out").iterdir()) == []
+    capfd.readouterr()
+
+
+@pytest.mark.parametrize("preflight", ["check", "warn"])
+def test_slow_nodes_are_written_told_and_refused(tmp_path, capfd, monkeypatch, preflight):
+    measured(monkeypatch, 700, 300)
+    real = slow_nodes.compare  # of this machine's CPU, GPUs would not be judged
+    monkeypatch.setattr(slow_nodes, "compare", lambda ranks, *, nodes, device: real(ranks, nodes=nodes, device="cuda"))
+    wanted = settings(tmp_path, cluster=ClusterSettings(preflight=preflight))
+    if preflight == "warn":
+        assert measure_nodes(wanted) == 0
+        assert "GPU 1 below 80%" in capfd.readouterr().out
+    else:
+        with pytest.raises(UserError, match="GPU 1 below 80%") as caught:
+            measure_nodes(wanted)
+        assert caught.value.exit_code == 2
+    record = json.loads((tmp_path / "out" / "m.json").read_text())
+    assert len(record["slow_nodes"]) == 1 and record["problems"]
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["m.json"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_says_so_and_leaves_nothing(tmp_path, number):
+    script = Path(__file__).resolve().parents[2] / "scripts" / "common" / "measure_nodes.py"
+    argv = [
+        sys.executable,
+        str(script),
+        "--device",
+        "cpu",
+        "--num_processes",
+        "1",
+        "--output",
+        str(tmp_path / "m.json"),
+    ]
+    running = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_until(lambda: list(tmp_path.rglob("invitation.json")), "the launch")
+    running.send_signal(number)
+    said, _ = running.communicate(timeout=60)
+    assert running.returncode == 130 and said.rstrip().endswith("interrupted") and "Traceback" not in said, said
+    assert list(tmp_path.iterdir()) == []

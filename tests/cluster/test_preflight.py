@@ -83,3 +83,12 @@ def test_unseen_paths_and_a_full_temporary_folder_name_their_node():
 def test_few_open_files_are_worth_a_line():
     assert compare({"open files": 1024}).notes == ("node1 allows 1024 open files; its hard limit keeps it from more.",)
     assert compare({"open files": -1}).notes == ()
+
+
+def test_an_interface_that_a_node_lacks_is_refused() -> None:
+    facts = {
+        "node1": {"interface": "eno1", "interface_address": "10.0.0.1"},
+        "node2": {"interface": "eno1", "interface_address": None},
+    }
+    (problem,) = preflight.compare(facts, processes=1, device="cpu").problems
+    assert problem.startswith("node2 has no interface eno1")

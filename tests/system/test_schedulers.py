@@ -109,9 +109,7 @@ def test_a_run_longer_than_its_limit_is_a_chain(slurm: Slurm, corpus: Path, tmp_
     assert sorted(found) == list(range(1, len(found) + 1)) and len(found) > int(saved[1].replace(",", ""))
 
 
-def test_the_seeds_commands_as_written_in_a_slurm_job(
-    slurm: Slurm, hosts: Hosts, corpus: Path, tmp_path: Path
-) -> None:
+def test_the_seeds_commands_as_written_in_a_slurm_job(slurm: Slurm, hosts: Hosts, corpus: Path, tmp_path: Path) -> None:
     """Steps 2 and 4 of the seeds, argument for argument; TRAIN_RECIPE names small models instead of theirs."""
     scripts = runs.PRETRAIN.parents[1]
     tiny = {**runs.TINY, "data_path": [str(corpus / "text_text_document")]}

@@ -46,12 +46,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ChannelError as error:
         print(f"error: {name}: {error}: open the launcher's ports to this node, or set --network_interface", flush=True)
         return EXIT_FAILURE
-    return _Agent(channel, float(invitation["node_timeout_s"])).serve(own.node or _own_number() or name, invitation)
+    agent = _Agent(channel, float(invitation["node_timeout_s"]))
+    return agent.serve(own.node or _own_name(invitation["nodes"]), invitation)
 
 
-def _own_number() -> str | None:
-    """This node's number among the nodes, as srun and mpirun tell it."""
-    return os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("SLURM_NODEID")
+def _own_name(nodes: Sequence[str]) -> str:
+    """This node's name among the run's nodes, or its number as mpirun tells it, where its own name is none of them.
+
+    Numbers come last: mpirun and srun need not count the nodes in the order in which they were given.
+    """
+    name = os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+    known = {node.partition(".")[0] for node in nodes}
+    return name if name.partition(".")[0] in known else os.environ.get("OMPI_COMM_WORLD_RANK", name)
 
 
 class _Agent:

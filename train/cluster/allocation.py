@@ -102,6 +102,11 @@ def of_job(job: SubmitSettings, *, num_processes: int, device: str) -> Allocatio
         raise UserError(
             f"--num_processes {num_processes}: the job asks for {gpus} GPUs on each node, one process each."
         )
+    if job.resource and device == "auto" and not gpus and not num_processes:
+        raise UserError(
+            f"--resource {job.resource}: how many GPUs such a node has cannot be known here; say --job_gpus_per_node,"
+            " or --device cpu."
+        )
     processes = num_processes or gpus or 1
     hosts = tuple(f"node{number}" for number in range(1, job.job_nodes + 1))
     reason = f"a job that asks for {job.job_nodes} nodes, {processes} processes each"

@@ -128,6 +128,7 @@ class Coordinator:
             "port": self._listener.getsockname()[1],
             "key": self._key,
             "job": job.name,
+            "nodes": list(job.nodes),
             "node_timeout_s": job.node_timeout_s,
             "interface": job.interface,
             "engine_dir": None if job.engine_dir is None else str(job.engine_dir),
@@ -167,7 +168,9 @@ class Coordinator:
                 if found is None or self._has_ended(found.host):
                     continue
                 has_come = self._index(found.host) in self._members
-                self._fail(Failure(self._lost_text(found.host, found.status, has_come), _status(found.status)))
+                # a host that could not be started is for the user to mend, whatever ssh's status was
+                status = EXIT_FAILURE if has_come else EXIT_USER
+                self._fail(Failure(self._lost_text(found.host, found.status, has_come), status))
                 return
 
     def signalled(self, number: int) -> None:
@@ -399,7 +402,7 @@ class Coordinator:
 
     def _words_of(self, hosts: list[str]) -> str:
         """What the transport printed about these hosts, or its last lines."""
-        lines = [line for line in self._lines if line.strip()]
+        lines = [line for line in self._lines if line.strip() and "Permanently added" not in line]
         about = [line for line in lines if any(host in line for host in hosts)] or lines
         return "".join(f"\n    {line}" for line in about[-6:])
 

@@ -40,6 +40,7 @@ def collect(invitation: dict[str, Any]) -> dict[str, Any]:
         "host": os.uname().nodename,
         "clock": time.time(),
         "free_port": network.free_port(str(invitation.get("job", ""))),
+        "interface": interface,
         "interface_address": network.interface_address(interface) if interface else None,
         "interpreter": sys.executable,
         "python": platform.python_version(),
@@ -102,4 +103,3 @@ def _engine_commit(folder: str | None) -> str | None:
         return None
     status, text = process.capture(Command(("git", "-C", folder, "rev-parse", "HEAD")))
     return text.strip() if status == 0 else f"none in {folder}"
-

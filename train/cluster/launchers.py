@@ -58,6 +58,12 @@ def _first(hosts: str) -> str:
     return str(NodeSet(hosts, resolver=RESOLVER_NOGROUP)[0])
 
 
+def _cores(environment: Mapping[str, str]) -> int:
+    """The cores that a Slurm job has on the node where it has the fewest: SLURM_JOB_CPUS_PER_NODE is `208(x2),96`."""
+    found = re.findall(r"(\d+)(?:\(x\d+\))?(?:,|$)", environment.get("SLURM_JOB_CPUS_PER_NODE", ""))
+    return min(map(int, found), default=int(environment.get("SLURM_CPUS_ON_NODE", "1")))
+
+
 def choose(wanted: str, allocation: Allocation, *, is_here: bool) -> tuple[str, str]:
     """The launcher's name and the reason for it.
 
@@ -117,7 +123,7 @@ def build(
     if launcher == "srun":
         argv = ["srun", f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", f"--nodelist={hosts}"]
         # a step of one task per node would get one core of each, and no memory beyond a core's share
-        argv += [f"--cpus-per-task={environment.get('SLURM_CPUS_ON_NODE', '1')}", "--mem=0", "--cpu-bind=none"]
+        argv += [f"--cpus-per-task={_cores(environment)}", "--mem=0", "--cpu-bind=none"]
         argv += ["--mpi=none", "--kill-on-bad-exit=0", "--export=ALL", "--unbuffered", "--overlap"]
         return Command((*argv, *start), hides_secrets=True)
     assert ssh_config is not None

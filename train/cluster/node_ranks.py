@@ -69,7 +69,10 @@ def build_argv(order: Order) -> list[str]:
         count = ["--nnodes", str(order.nodes), "--node_rank", str(order.node_rank)]
         count += ["--nproc_per_node", str(order.processes)]
         return [python, "-m", "torch.distributed.run", *count, *place, *rest]
-    world = {str(node): list(range(order.processes)) for node in range(order.nodes)}
+    # it numbers the GPUs anew; those that a user has chosen stay chosen
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    devices = [int(word) for word in visible] if all(word.isdigit() for word in visible) else range(order.processes)
+    world = {str(node): list(devices)[: order.processes] for node in range(order.nodes)}
     encoded = base64.urlsafe_b64encode(json.dumps(world).encode()).decode()
     words = [python, "-m", "deepspeed.launcher.launch", f"--world_info={encoded}", f"--node_rank={order.node_rank}"]
     return [*words, *place, "--no_local_rank", "--module", *rest[1:]]  # rest begins with -m

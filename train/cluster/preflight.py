@@ -62,6 +62,11 @@ def compare(facts: Mapping[str, Mapping[str, Any]], *, processes: int, device: s
             problems.append(f"{node} has {told.get('GPUs', 0)} GPUs for {processes} processes, one each.")
         if abs(told.get("clock", 0.0)) > _CLOCK_S:
             problems.append(f"{node}: its clock is {told['clock']:+.0f} s off the launcher's; have it set.")
+        if told.get("interface") and not told.get("interface_address"):
+            problems.append(
+                f"{node} has no interface {told['interface']} with an IPv4 address (--network_interface): leave it out,"
+                " and each node's own is found from its route to the others."
+            )
         for path in told.get("unseen", ()):
             problems.append(f"{node} does not see {path}: it must stand on a file system that all nodes share.")
         if told.get("free MiB there", _LEAST_FREE_MIB) < _LEAST_FREE_MIB:

@@ -27,6 +27,7 @@ def rank_environment(allocation: Allocation, *, extensions_dir: Path) -> dict[st
     """
     environment = {
         "PYTHONUNBUFFERED": "1",
+        "PYTHONSAFEPATH": "1",  # a train.py of the user's, in the folder where the run starts, is none of ours
         "PYTHONFAULTHANDLER": "1",  # a rank that dies of a signal in compiled code says in which line
         "TOKENIZERS_PARALLELISM": "false",
         "TORCH_EXTENSIONS_DIR": str(extensions_dir.absolute()),

@@ -43,7 +43,9 @@ class ClusterSettings:
         help="interface for the ranks' traffic, such as ib0; found from the route between the nodes when not given",
     )
     modules: tuple[str, ...] = setting((), help="environment modules to load on every node, such as cuda/12.8")
-    node_setup: Path | None = setting(None, help="a bash file that every node sources before anything else")
+    node_setup: Path | None = setting(
+        None, help="a bash file that every node sources after --modules, before its ranks start"
+    )
     secrets_file: Path | None = setting(
         None, help="a file of NAME=VALUE lines that only you can read (chmod 600), such as WANDB_API_KEY=...; read when"
         " the run starts, copied nowhere",

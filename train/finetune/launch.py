@@ -160,7 +160,9 @@ def build_command(settings: FinetuneSettings, where: Allocation, folder: Finetun
     return Command(tuple(argv), environment, files=files)
 
 
-def _launch_plan(settings: FinetuneSettings, where: Allocation, folder: FinetuneFolder) -> launch.Plan:
+def _launch_plan(
+    settings: FinetuneSettings, where: Allocation, folder: FinetuneFolder, model_dir: Path | None = None
+) -> launch.Plan:
     """The launch on all nodes. One process without DeepSpeed is a plain one, which knows of no ranks."""
     return launch.plan(
         build_command(settings, where, folder),
@@ -168,7 +170,7 @@ def _launch_plan(settings: FinetuneSettings, where: Allocation, folder: Finetune
         settings.cluster,
         launch_dir=folder.launch_dir,
         job_name=str(folder.output),
-        paths=[folder.root],
+        paths=[folder.root, *([model_dir] if model_dir is not None else [])],
         is_distributed=where.world_size > 1 or _deepspeed_file(settings, folder) is not None,
     )
 
@@ -363,7 +365,7 @@ def _train(plan: Plan, where: Allocation, folder: FinetuneFolder) -> None:
     print(f"batch: {_layout(plan.finetune, where)}", flush=True)
     remove_stale_locks(folder.extensions_dir)
     log = folder.log(socket.gethostname(), time.strftime("%Y.%m.%d_%H.%M.%S"))
-    end = launch.run(_launch_plan(plan.finetune, where, folder), log=log)
+    end = launch.run(_launch_plan(plan.finetune, where, folder, plan.model_dir), log=log)
     outcome.check(folder.outcome, end.exit_status, log=log, cause=end.text)
 
 
