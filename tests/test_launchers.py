@@ -26,6 +26,7 @@ DRY_RUNS = {
     "demo.py": ["--output_dir", "{out}"],
     "run_all.py": ["--recipe", "demo"],
     "status.py": None,
+    "measure_nodes.py": ["--device", "cpu", "--num_processes", "2", "--output", "{out}"],
     "install_megatron_deepspeed.py": [],
     "train_sentencepiece_tokenizer.py": ["--input", "no/such.jsonl", "--model_prefix", "{out}", "--vocab_size", "100"],
     "preprocess_data.py": ["--input", "no.jsonl", "--input_tokenizer_file", "no.model", "--output_prefix", "{out}"],
