@@ -27,7 +27,7 @@ CHAINS = [
         "docs/step5_upload_finetuned_model.md",
         "docs/megatron_deepspeed.md",
     ],
-    ["docs/clusters.md", "docs/cluster_nodes.md", "docs/submit.md"],
+    ["docs/clusters.md", "docs/cluster_nodes.md", "docs/measure_nodes.md", "docs/submit.md"],
 ]
 # Blocks that are not run here, and where they are run instead.
 ELSEWHERE = {
