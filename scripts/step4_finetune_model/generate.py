@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Lets a model answer: one prompt, or a file of them, a line each.
+"""Lets a model answer: one prompt, a file of them, a line each, or what is typed (--chat).
 
-The chat template is applied when the model has one; --raw goes on with the prompt as plain text. It stops at the
-end token.
+The model is a folder, a name on the Hub, or a base and its adapter (--adapter; an adapter's folder names its base by
+itself). The chat template is applied when the model has one; --raw goes on with the prompt as plain text. It stops at
+the end token.
 """
 
 from __future__ import annotations

@@ -62,8 +62,20 @@ def test_what_the_model_is_given(tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ([], "name either --prompt or --prompt_file"),
-        (["--prompt", "x", "--prompt_file", "x"], "name either --prompt or --prompt_file"),
+        ([], "name either --prompt or --prompt_file or --chat"),
+        (["--prompt", "x", "--prompt_file", "x"], "name either --prompt or --prompt_file or --chat"),
+        (["--prompt", "x", "--chat"], "name either --prompt or --prompt_file or --chat"),
+        (["--prompt", "x", "--top_p", 0], "--top_p 0.0: it must be above 0 and at most 1"),
+        (["--prompt", "x", "--top_k", -1], "--top_k -1: it must not be negative"),
+        (["--prompt", "x", "--top_k", 5], "have no effect at --temperature 0"),
+        (["--prompt", "x", "--num_beams", 0], "--num_beams 0: it must be at least 1"),
+        (["--prompt", "x", "--batch_size", 0], "--batch_size 0: it must be at least 1"),
+        (["--prompt", "x", "--repetition_penalty", 0], "--repetition_penalty 0.0: it must be above 0"),
+        (["--prompt", "x", "--raw", "--system_prompt", "s"], "--raw leaves the chat template out"),
+        (["--chat", "--num_beams", 2], "--num_beams 2: --chat shows words"),
+        (["--chat", "--json"], "--chat is for the terminal"),
+        (["--chat"], "the model has no chat template"),
+        (["--prompt", "x", "--adapter", "./none"], "--adapter ./none has no adapter_config.json"),
         (["--prompt", " "], "--prompt is blank"),
         (["--prompt", "x", "--max_new_tokens", 0], "--max_new_tokens 0: it must be at least 1"),
         (["--prompt", "x", "--temperature", -1], "--temperature -1.0: it must not be negative"),
@@ -94,11 +106,11 @@ def test_no_gpu(base_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 
 def test_what_ends_an_answer() -> None:
-    from train.finetune.generate import _end_ids
+    from train.finetune.generate import end_ids
 
-    assert _end_ids([7, 2], 2) == [2, 7]
-    assert _end_ids(None, 2) == [2]
-    assert _end_ids(7, None) == [7]
+    assert end_ids([7, 2], 2) == [2, 7]
+    assert end_ids(None, 2) == [2]
+    assert end_ids(7, None) == [7]
 
 
 def test_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
