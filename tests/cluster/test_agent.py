@@ -337,3 +337,16 @@ def test_a_secret_reaches_the_ranks_and_nothing_else(cluster, tmp_path):
     assert end.printed.count(f"length {len(planted)}") == 2 and planted not in end.printed + end.text
     for folder, _, files in os.walk(tmp_path):
         assert all(planted not in (Path(folder) / file).read_text() for file in files)
+
+
+def test_nodes_that_are_slow_to_tell_of_themselves_are_not_lost(cluster, tmp_path):
+    """nvidia-smi without its daemon takes longer on a node of eight GPUs than a node may be silent."""
+    agents = {}
+    for node, seconds in (("node1", 2), ("node2", 4)):  # the first one waits for the second one's start
+        (tmp_path / node).mkdir()
+        (tmp_path / node / "nvidia-smi").write_text(f"#!/bin/sh\nsleep {seconds}\nexit 9\n")
+        (tmp_path / node / "nvidia-smi").chmod(0o755)
+        variables = {"PATH": f"{tmp_path / node}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": "0"}
+        agents[node] = {"env": variables}
+    end = cluster.run("print('ran')", agents=agents, node_timeout_s=1)
+    assert (end.exit_status, end.text) == (0, "")

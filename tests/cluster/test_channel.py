@@ -188,3 +188,15 @@ def test_the_first_address_that_answers_is_taken_and_all_that_do_not_are_told():
     agent.close()
     with pytest.raises(ChannelError, match=r"port 9 .*127.0.0.2: .*refused; no-such-host.invalid: "):
         connect(["127.0.0.2", "no-such-host.invalid"], 9, KEY)
+
+
+def test_the_address_of_one_who_broke_off_stays_known(pair):
+    """The order for all nodes is made of every agent's address, also when one has been reset a moment before."""
+    agent, launcher = pair
+    agent._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    agent._socket.close()
+    with pytest.raises(ChannelError):
+        launcher.receive(10)
+    with pytest.raises(OSError):
+        launcher._socket.getpeername()
+    assert launcher.peer == "127.0.0.1"

@@ -328,3 +328,40 @@ def test_an_old_invitation_is_replaced(tmp_path):
     with Play(tmp_path) as play:
         assert (tmp_path / "launch" / "invitation.json").stat().st_mode & 0o777 == 0o600
         assert len(play.invitation["key"]) == 64
+
+
+def test_a_connection_that_breaks_off_before_it_is_taken_keeps_nobody_out(play, monkeypatch):
+    """accept() passes on what became of a connection, and tells of a lack of open files."""
+    listener, errors = play.coordinator._listener, [ConnectionAbortedError(103, "aborted"), OSError(24, "open files")]
+
+    class Weak:
+        def accept(self) -> Any:
+            connection = listener.accept()
+            if errors:
+                connection[0].close()
+                raise errors.pop()
+            return connection
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(listener, name)
+
+    monkeypatch.setattr(play.coordinator, "_listener", Weak())
+    for _ in range(3):  # the first one is taken by the listener itself, which waits in accept() already
+        with contextlib.suppress(ChannelError):
+            connect(play.invitation["addresses"], play.invitation["port"], play.invitation["key"]).close()
+    assert errors == []
+    ended(*play.started("node1", "node2"))
+    assert play.over() is None
+
+
+def test_an_error_of_the_launchers_own_in_a_nodes_thread_ends_the_run(play, monkeypatch, capsys):
+    def compare(*_: Any, **__: Any) -> None:
+        raise BrokenPipeError("the terminal is gone")
+
+    monkeypatch.setattr(coordinators.preflight, "compare", compare)
+    first, second = play.come("node1"), play.come("node2")
+    assert hear(first, "end") and hear(second, "end")
+    failure = play.over()
+    assert failure is not None and failure.exit_status == 1
+    assert "cannot be followed any more: BrokenPipeError('the terminal is gone')." in failure.text
+    assert "Traceback" in capsys.readouterr().err

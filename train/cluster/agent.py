@@ -77,6 +77,7 @@ class _Agent:
         status = EXIT_FAILURE
         try:
             self._channel.send({"kind": "hello", "node": node, "facts": facts.collect(invitation)})
+            self._heard = time.monotonic()  # nvidia-smi may take longer than a node may be silent
             answer = None
             while answer is None:
                 answer = self._turn()

@@ -36,11 +36,15 @@ class Channel:
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
         self._lock = threading.Lock()
+        try:
+            self._peer = str(connection.getpeername()[0])
+        except OSError as error:  # gone already
+            raise ChannelError(str(error)) from None
 
     @property
     def peer(self) -> str:
-        """The other side's address."""
-        return str(self._socket.getpeername()[0])
+        """The other side's address; it stays known when that side is gone."""
+        return self._peer
 
     def fileno(self) -> int:
         return self._socket.fileno()

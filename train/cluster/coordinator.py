@@ -19,6 +19,7 @@ import signal
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,7 @@ _ECHO_S = 0.5  # a rank that dies takes others with it; a signal's death so shor
 _ECHO_GRACE_S = 3.0  # what the other ranks get to say their own last words
 _TRANSPORT_GRACE_S = 5.0
 _LONGEST_LINE = 1 << 16
+_POLL_S = 0.2
 _KILLED = 128
 _ABORTED = 128 + signal.SIGABRT  # how NCCL and gloo end the ranks that a dead one has left alone
 
@@ -114,6 +116,7 @@ class Coordinator:
         self._over_at: float | None = None
         self._give_up_at: float | None = None
         self._is_cut_short = False
+        self._is_closed = False
         self._has_started = False
         self._began = time.monotonic()
         self._lines: collections.deque[str] = collections.deque(maxlen=200)
@@ -145,6 +148,7 @@ class Coordinator:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._is_closed = True
         with self._lock:
             self._tell_over()
             for member in self._members.values():
@@ -223,8 +227,11 @@ class Coordinator:
         while True:
             try:
                 connection, _ = self._listener.accept()
-            except OSError:  # closed: the run is over
-                return
+            except OSError:
+                if self._is_closed:  # the run is over
+                    return
+                time.sleep(_POLL_S)  # a connection that broke off again, or no more open files for now
+                continue
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
@@ -232,7 +239,17 @@ class Coordinator:
             channel = welcome(connection, self._key)
             hello = channel.receive(self._job.join_timeout_s)  # it asks nvidia-smi and git first
         except (ChannelError, ValueError):
+            connection.close()
             return
+        try:
+            self._follow(channel, hello)
+        except Exception as error:  # this thread alone hears the node: without it the run would wait for ever
+            traceback.print_exc()
+            with self._lock:
+                self._fail(Failure(f"{hello.get('node')} cannot be followed any more: {error!r}.", EXIT_FAILURE))
+
+    def _follow(self, channel: Channel, hello: dict[str, Any]) -> None:
+        """Listens to a node until it is gone."""
         number = self._join(channel, hello)
         if number is None:
             channel.close()
@@ -263,7 +280,8 @@ class Coordinator:
             offset = float(hello["facts"]["clock"]) - time.time()
             self._members[number] = _Member(channel, hello["facts"], offset)
             if self._over_at is not None:
-                channel.send({"kind": "over", "status": EXIT_FAILURE})
+                with contextlib.suppress(ChannelError):
+                    channel.send({"kind": "over", "status": EXIT_FAILURE})
             elif self._failure is not None or self._asked is not None:
                 self._end(0)
             elif len(self._members) == len(self._job.nodes):
