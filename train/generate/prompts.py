@@ -94,7 +94,7 @@ def parse(line: str) -> Prompt:
     is_list = isinstance(messages, list) and bool(messages) and all(map(_is_message, messages))
     if not is_list or messages[-1]["role"] != "user":
         raise ValueError('"messages" must be a list of {"role", "content"} whose last one is by the user')
-    return Prompt(messages[-1]["content"], tuple({k: one[k] for k in ("role", "content")} for one in messages), record)
+    return Prompt(messages[-1]["content"], tuple(messages), record)
 
 
 def write(file: Path, records: Iterable[Mapping[str, Any]], *, overwrite: bool) -> int:
@@ -119,4 +119,5 @@ def answered(prompts: Iterable[Prompt], answers: Iterable[Any]) -> Iterator[dict
 
 
 def _is_message(item: Any) -> bool:
+    """A role and a text, and whatever else a chat template takes from a message (`input`)."""
     return isinstance(item, dict) and item.get("role") in _TURNS and isinstance(item.get("content"), str)

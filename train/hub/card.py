@@ -16,6 +16,7 @@ from typing import Any
 from train import manifest
 from train.checkpoint import lineage, verification
 from train.errors import UserError
+from train.evaluate import record as evaluation
 
 # Chapters in the order of the steps; a step's name begins with the key.
 _CHAPTERS = {
@@ -23,7 +24,6 @@ _CHAPTERS = {
     "preprocess": "Training data",
     "pretrain": "Pretraining",
     "finetune": "Finetuning",
-    "evaluate": "Evaluation",
 }
 _SIZES = {
     "model_type": "architecture",
@@ -71,6 +71,7 @@ def model_card(folder: Path, *, repository: str, license: str = "", base_model: 
     ]
     for prefix, title in _CHAPTERS.items():
         parts += [_chapter(title, item) for item in records if str(item["step"]).startswith(prefix)]
+    parts.append(_section("Evaluation", _evaluation(folder)))
     parts.append(_section("Verification", _table(("check", "result"), _verification_rows(record))))
     parts.append(_section("Software", _table(("package", "version"), _software_rows(records))))
     parts.append(_section("Use", _usage(repository)))
@@ -228,6 +229,15 @@ def _verification_rows(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if "mismatches" in tokenizer:
         figures = f"{tokenizer['mismatches']} mismatches in {tokenizer['texts']:,} texts"
         yield _against("tokenizer", tokenizer), figures
+
+
+def _evaluation(folder: Path) -> str:
+    """What the model was measured at, and the one it was made from."""
+    rows = list(evaluation.rows(evaluation.of_model(folder)))
+    if not any(base for _, _, base, _ in rows):
+        return _table(("", ""), ((_shown(f"{title}, {name}"), value) for title, name, _, value in rows))
+    lines = [f"| {_shown(f'{title}, {name}')} | {base} | {value} |" for title, name, base, value in rows]
+    return "\n".join(["| | base model | this model |", "|---|---|---|", *lines])
 
 
 def _against(what: str, check: Mapping[str, Any]) -> str:
