@@ -32,13 +32,6 @@ def files(base_model: Path, question_file: Path, tmp_path: Path) -> dict[str, An
 
 
 BAD_SETTINGS = [
-    ({"use_peft": True}, "--use_peft: LoRA is not in this version"),
-    ({"load_in_8bit": True}, "--load_in_8bit: 8-bit loading is not in this version"),
-    ({"load_in_4bit": True}, "--load_in_4bit: 4-bit loading is not in this version"),
-    ({"peft_lora_r": 8}, "--peft_lora_r: LoRA is not in this version"),
-    ({"peft_lora_r": 0}, "--peft_lora_r: LoRA is not in this version"),
-    ({"peft_lora_dropout": 0}, "--peft_lora_dropout: LoRA is not in this version"),
-    ({"peft_target_model": ""}, "--peft_target_model: LoRA is not in this version"),
     ({"eval_steps": 5}, "--eval_steps 5 has no effect without --eval_data_files"),
     ({"per_device_train_batch_size": 0}, "--per_device_train_batch_size 0: it must be at least 1"),
     ({"save_steps": -1}, "--save_steps -1: it must not be negative"),

@@ -10,8 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 
-def build(zero_stage: int, *, device: str) -> dict[str, Any]:
-    """The configuration of ZeRO 2 or 3 on `device` ("cuda" or "cpu")."""
+def build(zero_stage: int, *, device: str, offload: str = "none") -> dict[str, Any]:
+    """The configuration of ZeRO 2 or 3 on `device` ("cuda" or "cpu").
+
+    Args:
+        zero_stage: 2 or 3.
+        device: where the computation is.
+        offload: what is kept in the CPU's memory: none, optimizer, or all, which is ZeRO-3's weights too.
+    """
     zero: dict[str, Any] = {
         "stage": zero_stage,
         "overlap_comm": device == "cuda",
@@ -24,7 +30,7 @@ def build(zero_stage: int, *, device: str) -> dict[str, Any]:
             "stage3_param_persistence_threshold": "auto",
             "stage3_gather_16bit_weights_on_model_save": True,  # without it no weights are saved
         }
-    return {
+    config: dict[str, Any] = {
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
@@ -34,3 +40,8 @@ def build(zero_stage: int, *, device: str) -> dict[str, Any]:
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
     }
+    if offload != "none":
+        kept = {"device": "cpu", "pin_memory": device == "cuda"}
+        zero |= {"offload_optimizer": kept} | ({"offload_param": kept} if offload == "all" else {})
+        config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW does it as well, and wants no compiler
+    return config

@@ -88,6 +88,11 @@ class FinetuneFolder:
         return self.root / "saved.json"
 
     @property
+    def merged_dir(self) -> Path:
+        """The model with the adapter in its weights, beside the adapter."""
+        return self.model_dir / "merged"
+
+    @property
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
 
@@ -184,6 +189,8 @@ class Plan:
     finetune: FinetuneSettings
     model_dir: Path = setting(help="folder of the base model")
     device: str = setting(help="cuda or cpu")
+    base_name: str = setting(help="what an adapter calls its base: a name on the Hub, or an absolute folder")
     deepspeed_config: Path | None = setting(help="DeepSpeed JSON; None trains without")
+    zero_stage: int = setting(help="the stage that the DeepSpeed JSON states; 0 without")
     resume_from: Path | None = setting(help="checkpoint to go on from; None starts from the base model")
     added_tokens: int = setting(help="tokens added to the tokenizer, for which the embeddings grow")

@@ -29,7 +29,7 @@ from train.cluster.allocation import Allocation
 from train.cluster.ranks import rank_argv, rank_environment
 from train.deepspeed_ops import remove_stale_locks
 from train.errors import UserError, refuse
-from train.finetune import deepspeed_config, inputs
+from train.finetune import deepspeed_config, inputs, lora, methods, proof, trainer_arguments
 from train.finetune.examples import Account
 from train.finetune.folder import FinetuneFolder, Plan
 from train.finetune.settings import FinetuneSettings
@@ -71,11 +71,11 @@ def finetune(settings: FinetuneSettings) -> int:
     folder = FinetuneFolder(settings.output_dir.absolute())
     if settings.job.submit is not None:
         return _submit(settings, folder)
-    where = allocations.find(settings.cluster, num_processes=settings.num_processes, device=settings.device)
+    where = allocations.find(settings.cluster, num_processes=_processes(settings), device=settings.device)
     if settings.dry_run:
         return _dry_run(settings, where, folder)
     started = time.time()
-    found = _find_inputs(settings)
+    found = _find_inputs(settings, folder)
     plain = _plain(settings)
     if folder.output.is_file():
         raise UserError(f"--output_dir {folder.output} is a file, a folder name was expected: choose another output.")
@@ -96,18 +96,19 @@ def finetune(settings: FinetuneSettings) -> int:
         account, eval_account, plan = _prepare(settings, found, where, folder, resume_from)
         outputs.write_text(folder.identity, json.dumps(identity, indent=2) + "\n")  # from here on one can go on with it
         _train(plan, where, folder)
-        checks = _prove(folder)
+        checks = proof.prove(plan, folder)
         folder.add_records()
-        verification.write(folder.model_dir, checks)
         results = _results(settings, found, where, account, eval_account, checks, folder)
-        manifest.write(
-            folder.model_dir / manifest.FILE_NAME,
-            step=STEP,
-            settings=plain,
-            inputs=found.files(),
-            results=results,
-            started=started,
-        )
+        for model_dir, proven in ((folder.model_dir, checks), *_merged(plan, folder)):
+            verification.write(model_dir, proven)
+            manifest.write(
+                model_dir / manifest.FILE_NAME,
+                step=STEP,
+                settings=plain,
+                inputs=found.files(),
+                results=results | {"parameters": proven["weights"]["parameters"]},
+                started=started,
+            )
         folder.publish()
     print(f"loss {results['first_loss']:.4f} -> {results['last_loss']:.4f} in {results['steps']:,} steps")
     print(f"wrote {folder.output}")
@@ -121,11 +122,11 @@ def _submit(settings: FinetuneSettings, folder: FinetuneFolder) -> int:
     from train.cluster import submit
     from train.cluster.job_folder import JobFolder
 
-    where = allocations.of_job(settings.job, num_processes=settings.num_processes, device=settings.device)
+    where = allocations.of_job(settings.job, num_processes=_processes(settings), device=settings.device)
     print(f"where: {where.reason}")
     print(f"batch: {_layout(settings, where)}")
     if not settings.dry_run:
-        _find_inputs(settings)
+        _find_inputs(settings, folder)
     first = [
         *(["--overwrite"] if settings.overwrite else []),
         *(["--resume", "never"] if settings.resume == "never" else []),
@@ -141,6 +142,19 @@ def _submit(settings: FinetuneSettings, folder: FinetuneFolder) -> int:
     )
 
 
+def _processes(settings: FinetuneSettings) -> int:
+    """Processes on each node; a model that is spread over the GPUs has one."""
+    return 1 if settings.device_map is not None else settings.num_processes
+
+
+def _merged(plan: Plan, folder: FinetuneFolder) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The merged model's folder and its checks, if it was asked for."""
+    if plan.finetune.merge:
+        from train.finetune.merge import merge
+
+        yield folder.merged_dir, merge(plan.model_dir, folder.model_dir, folder.merged_dir)
+
+
 def _plain(settings: FinetuneSettings) -> dict[str, Any]:
     """What is trained, without how its nodes are reached: that may change between two calls that mean the same run."""
     return {name: value for name, value in settings_module.to_plain(settings).items() if name not in ("cluster", "job")}
@@ -151,11 +165,12 @@ def build_command(settings: FinetuneSettings, where: Allocation, folder: Finetun
     argv = [*rank_argv("train.finetune.worker"), "--output_dir", str(folder.output)]
     environment = rank_environment(where, extensions_dir=folder.extensions_dir)
     environment["HF_HUB_OFFLINE"] = "1"  # all is here by now; ranks need not ask
-    if where.device == "cuda" and where.world_size == 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
+    is_one = where.world_size == 1 and settings.device_map is None
+    if where.device == "cuda" and is_one and "CUDA_VISIBLE_DEVICES" not in os.environ:
         environment["CUDA_VISIBLE_DEVICES"] = "0"  # else the trainer would spread one process over all GPUs
     files = {}
     if settings.zero_stage:
-        rendered = deepspeed_config.build(settings.zero_stage, device=where.device)
+        rendered = deepspeed_config.build(settings.zero_stage, device=where.device, offload=settings.offload)
         files[folder.deepspeed_config] = json.dumps(rendered, indent=2) + "\n"
     return Command(tuple(argv), environment, files=files)
 
@@ -199,7 +214,7 @@ def _deepspeed_file(settings: FinetuneSettings, folder: FinetuneFolder) -> Path 
     return folder.deepspeed_config if settings.deepspeed is not None or settings.zero_stage else None
 
 
-def _find_inputs(settings: FinetuneSettings) -> _Inputs:
+def _find_inputs(settings: FinetuneSettings, folder: FinetuneFolder) -> _Inputs:
     """Finds everything, and reports everything that is missing at once."""
     problems: list[str] = []
 
@@ -221,6 +236,9 @@ def _find_inputs(settings: FinetuneSettings) -> _Inputs:
         eval_files = attempt(inputs.find_data, settings.eval_data_files, flag="--eval_data_files")
     if settings.deepspeed is not None:
         problems.extend(_deepspeed_problems(settings.deepspeed))
+    if model_dir is not None:
+        problems.extend(methods.model_problems(settings, model_dir))
+    problems.extend(trainer_arguments.problems(settings, folder))
     refuse(problems)
     is_on_hub = not Path(settings.model_name_or_path).is_dir()
     return _Inputs(model_dir, tokenizer_dir, data_files, eval_files, settings.deepspeed, is_on_hub)
@@ -241,7 +259,11 @@ def _deepspeed_problems(file: Path) -> Iterator[str]:
 
 
 def _check_machine(settings: FinetuneSettings, where: Allocation) -> None:
-    problems = []
+    problems = list(lora.machine_problems(settings, where.device))
+    if settings.device_map is not None and where.world_size > 1:
+        problems.append(
+            f"--device_map {settings.device_map} spreads a model on one node: take one, or use --zero_stage 3."
+        )
     if where.device == "cpu" and settings.fp16:
         problems.append("--fp16 needs a GPU, and there is none here: use --bf16, or neither.")
     if settings.use_flash_attention_2:
@@ -328,6 +350,7 @@ def _prepare(
         added = inputs.add_tokens(folder.tokenizer_dir, settings.additional_special_tokens)
         tokenizer = inputs.load_tokenizer(folder.tokenizer_dir)
     refuse(inputs.fit_problems(found.model_dir, tokenizer, max_seq_length=settings.max_seq_length, added_tokens=added))
+    refuse(methods.added_token_problems(settings, found.model_dir, added))
     template, notice = chat_template.choose(
         tokenizer,
         instruction_template=settings.instruction_template,
@@ -351,7 +374,9 @@ def _prepare(
         finetune=_with_wandb_group(settings),
         model_dir=found.model_dir,
         device=where.device,
+        base_name=settings.model_name_or_path if found.base_model_on_hub else str(found.model_dir),
         deepspeed_config=_deepspeed_file(settings, folder),
+        zero_stage=settings.zero_stage if found.deepspeed is None else _zero_stage(found.deepspeed),
         resume_from=resume_from,
         added_tokens=added,
     )
@@ -369,24 +394,6 @@ def _train(plan: Plan, where: Allocation, folder: FinetuneFolder) -> None:
     outcome.check(folder.outcome, end.exit_status, log=log, cause=end.text)
 
 
-def _prove(folder: FinetuneFolder) -> dict[str, Any]:
-    """Loads what was saved anew, in this process, and holds it against the live model's numbers.
-
-    Raises:
-        VerificationError: it is not what was trained.
-    """
-    from train.checkpoint import verify
-
-    saved = json.loads(folder.saved.read_text(encoding="utf-8"))
-    for file in folder.tokenizer_dir.iterdir():  # the folder is loaded as its users will
-        shutil.copyfile(file, folder.model_dir / file.name)
-    checks = verify.verify(folder.model_dir, verify.Source(golden_logits=folder.golden_logits))
-    checks["weights"] |= {"compared_with": "the live weights of the training process", **saved}
-    checks["tokenizer"] |= {"compared_with": "none: the base model's own files, byte for byte, and a chat template"}
-    print(verify.summary(checks))
-    return checks
-
-
 def _results(
     settings: FinetuneSettings,
     found: _Inputs,
@@ -399,7 +406,7 @@ def _results(
     """The run in numbers, read from its own metrics."""
     records = list(progress.records(folder.metrics))
     return {
-        "method": "full",
+        "method": methods.of(settings),
         "base_model": settings.model_name_or_path,
         "base_model_on_hub": found.base_model_on_hub,
         "examples": account.as_dict(),
@@ -413,6 +420,7 @@ def _results(
             * where.world_size,
         },
         "parameters": checks["weights"]["parameters"],
+        "best": checks["best"],
         "steps": records[-1]["step"],
         "tokens": max(record.get("tokens", 0) for record in records),
         **progress.summary(records),

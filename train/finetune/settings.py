@@ -11,18 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train.cluster.settings import ClusterSettings, SubmitSettings
+from train.finetune import methods
 from train.settings import section, setting
 
-_NOT_YET = {
-    "use_peft": "LoRA",
-    "load_in_8bit": "8-bit loading",
-    "load_in_4bit": "4-bit loading",
-    "peft_target_model": "LoRA",
-    "peft_target_modules": "LoRA",
-    "peft_lora_r": "LoRA",
-    "peft_lora_alpha": "LoRA",
-    "peft_lora_dropout": "LoRA",
-}
 _AT_LEAST_ONE = (
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
@@ -95,14 +86,42 @@ class FinetuneSettings:
     wandb_group: str | None = setting(None, help="W&B group; finetune_MODEL_HOST_TIME when not given")
     wandb_tag: str | None = setting(None, help="W&B tag")
 
-    use_peft: bool = setting(False, help="LoRA; not in this version")
-    load_in_8bit: bool = setting(False, help="not in this version")
-    load_in_4bit: bool = setting(False, help="not in this version")
-    peft_target_model: str | None = setting(None, help="LoRA; not in this version")
-    peft_target_modules: tuple[str, ...] = setting((), help="LoRA; not in this version")
-    peft_lora_r: int | None = setting(None, help="LoRA; not in this version")
-    peft_lora_alpha: float | None = setting(None, help="LoRA; not in this version")
-    peft_lora_dropout: float | None = setting(None, help="LoRA; not in this version")
+    method: str | None = setting(
+        None, help="which weights are trained; what the other flags imply when not given", choices=methods.NAMES
+    )
+    trainables: tuple[str, ...] = setting(
+        (), help="modules to train, and no others: names, parts of names such as layers.1, or patterns ('layers.*.mlp')"
+    )
+    use_peft: bool | None = setting(None, help="LoRA, as --method lora")
+    peft_target_model: str | None = setting(
+        None, help="LoRA: modules by a list of llm-jp-sft", choices=("llm-jp", "gpt2", "llama", "mistral")
+    )
+    peft_target_modules: tuple[str, ...] = setting(
+        (), help="LoRA: names of the modules to adapt; all linear ones but the output head when not given"
+    )
+    peft_lora_r: int | None = setting(None, help="LoRA: rank; 8 when not given")
+    peft_lora_alpha: int | None = setting(None, help="LoRA: alpha; 32 when not given")
+    peft_lora_dropout: float | None = setting(None, help="LoRA: dropout before the adapter; 0.05 when not given")
+    load_in_8bit: bool = setting(False, help="LoRA on a base packed in 8 bits; needs a GPU and bitsandbytes")
+    load_in_4bit: bool = setting(False, help="LoRA on a base packed in 4 bits (QLoRA); needs a GPU and bitsandbytes")
+    merge: bool = setting(False, help="LoRA: also write OUTPUT_DIR/merged, the model with the adapter in its weights")
+    device_map: str | None = setting(
+        None,
+        help="auto spreads the layers over the GPUs of this node, for one process without DeepSpeed",
+        choices=("auto",),
+    )
+    offload: str = setting(
+        "none",
+        help="what ZeRO keeps in the CPU's memory: the optimizer's state, or with ZeRO-3 the weights too",
+        choices=("none", "optimizer", "all"),
+    )
+    keep_best: bool = setting(False, help="hand over the checkpoint with the least held-out loss, not the last one")
+    early_stopping_patience: int = setting(
+        0, help="evaluations without a lower held-out loss that end the run; 0 never does. Hands over the best one"
+    )
+    trainer_arguments: tuple[str, ...] = setting(
+        (), help="more for TRL's SFTConfig: NAME=VALUE, such as neftune_noise_alpha=5 optim=adafactor"
+    )
 
     cluster: ClusterSettings = section(ClusterSettings)
     job: SubmitSettings = section(SubmitSettings)
@@ -117,10 +136,6 @@ class FinetuneSettings:
     dry_run: bool = setting(False, help="print what would run", flag_only=True)
 
     def problems(self) -> Iterator[str]:
-        for name, what in _NOT_YET.items():
-            value = getattr(self, name)
-            if value is not None and value is not False and value != ():  # a rank of 0 was given too
-                yield f"--{name}: {what} is not in this version, which finetunes all weights; leave the flag out."
         for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 yield f"--{name} {getattr(self, name)}: it must be at least 1."
@@ -149,6 +164,7 @@ class FinetuneSettings:
             yield f"--seed {self.seed}: it must be at most {_LARGEST_SEED}."
         if "" in self.additional_special_tokens:
             yield "--additional_special_tokens: a token is empty; name the tokens, or leave the flag out."
+        yield from methods.problems(self)
         yield from self._folder_problems()
         yield from self._template_problems()
         if not self.use_wandb:
@@ -177,6 +193,11 @@ class FinetuneSettings:
                 yield f"--{name} is blank: name the text that stands before each turn, such as '### Human:'."
         if self.instruction_template.strip() == self.response_template.strip():
             yield "--instruction_template and --response_template are the same: questions and answers must differ."
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the best checkpoint is handed over; stopping early would else hand over one that got worse."""
+        return self.keep_best or self.early_stopping_patience > 0
 
     @property
     def wandb(self) -> bool:

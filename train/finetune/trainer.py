@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from trl import SFTTrainer
 
 from train import outputs
 from train.errors import NonFiniteLossError, UserError, VerificationError
+from train.finetune import adapter, special_ids
 from train.finetune.folder import FinetuneFolder
 from train.finetune.masks import IGNORED
 
@@ -66,37 +68,49 @@ def write_golden_logits(trainer: FinetuneTrainer, to: Path) -> None:
 
     examples: Any = trainer.train_dataset
     input_ids = torch.tensor([examples[0]["input_ids"][:_GOLDEN_TOKENS]])
-    model = trainer.model_wrapped if trainer.is_deepspeed_enabled else _plain_model(trainer)
+    model = trainer.model_wrapped if trainer.is_deepspeed_enabled else plain_model(trainer)
     model.eval()
     with torch.no_grad():
         logits = model(input_ids=input_ids.to(trainer.args.device), use_cache=False).logits
     if trainer.is_world_process_zero():
-        dtype = str(next(_plain_model(trainer).parameters()).dtype)
+        dtype = str(next(plain_model(trainer).parameters()).dtype)
         tensors = {"input_ids": input_ids, "logits": logits.float().cpu().contiguous()}
         save_file(tensors, to, metadata={"dtype": dtype})
 
 
-def save(trainer: FinetuneTrainer, folder: FinetuneFolder) -> None:
-    """Saves weights and configuration, and holds what is on disk against the live weights, bit by bit.
+def save(trainer: FinetuneTrainer, folder: FinetuneFolder, special: Mapping[str, int | None]) -> None:
+    """Saves weights and configuration, of a LoRA the adapter alone, and holds what is on disk against the live weights.
 
     Raises:
-        VerificationError: a tensor is missing in what was saved, or differs.
+        VerificationError: a tensor is missing in what was saved, differs by a bit, or is empty.
     """
-    trainer.save_model(str(folder.model_dir))
+    model = plain_model(trainer)
+    special_ids.agree(model, dict(special))
+    if isinstance(model, PeftModel):
+        live = {name: weight.cpu().clone() for name, weight in _whole_parameters(model) if ".lora_" in name}
+        if trainer.is_world_process_zero():
+            adapter.save(model, live, folder.model_dir)
+        named = iter([(adapter.saved_name(name), weight) for name, weight in live.items()])
+    else:
+        trainer.save_model(str(folder.model_dir))
+        named = _whole_parameters(model)
     if trainer.is_world_process_zero():
+        ours = ("config.json", "generation_config.json", adapter.CONFIG)
         for file in folder.model_dir.iterdir():
-            is_ours = file.name in ("config.json", "generation_config.json") or ".safetensors" in file.name
-            if not is_ours:  # the tokenizer, saved anew: the original files are copied instead
-                file.unlink()
-    report = _compare(trainer, folder.model_dir)
+            if file.name not in ours and ".safetensors" not in file.name:
+                file.unlink()  # the tokenizer, saved anew: the original files are copied instead
+    report = _compare(trainer, folder.model_dir, named)
     if trainer.is_world_process_zero():
-        outputs.write_text(folder.saved, json.dumps(report) + "\n")
+        trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
+        best = {"step": trainer.state.best_global_step, "eval_loss": trainer.state.best_metric}
+        told = {"weights": report, "trained": trained, "best": best if trainer.args.load_best_model_at_end else None}
+        outputs.write_text(folder.saved, json.dumps(told) + "\n")
 
 
-def _compare(trainer: FinetuneTrainer, model_dir: Path) -> dict[str, Any]:
+def _compare(trainer: FinetuneTrainer, model_dir: Path, named: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     stored = _stored_tensors(model_dir) if trainer.is_world_process_zero() else {}
     count, largest, wrong = 0, 0.0, []
-    for name, live in _whole_parameters(_plain_model(trainer)):
+    for name, live in named:
         if not trainer.is_world_process_zero():
             continue
         count += 1
@@ -141,6 +155,6 @@ def _gathered(parameter: Any) -> contextlib.AbstractContextManager[Any]:
     return deepspeed.zero.GatheredParameters([parameter])
 
 
-def _plain_model(trainer: FinetuneTrainer) -> Any:
+def plain_model(trainer: FinetuneTrainer) -> Any:
     """The model without wrappers, and without the automatic precision that training adds to its forward pass."""
     return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)

@@ -1,0 +1,159 @@
+"""A LoRA adapter's folder: saved from the live model, whole or not at all, and proven by loading it anew.
+
+    save(model, gathered_tensors, folder)                                        # in the first training rank
+    checks = prove(base_dir, folder, golden_logits_file, is_quantized=False)     # in the launcher
+
+The folder is PEFT's: adapter_config.json, which names the base, and adapter_model.safetensors; beside them tokenizer,
+chat template and generation_config.json. Without a config.json, `AutoModelForCausalLM.from_pretrained` loads base and
+adapter: https://huggingface.co/docs/peft/developer_guides/checkpoint
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from train.checkpoint.verify import LOGITS_MEASURE, LOGITS_TOLERANCE, ROUNDING_MEASURE, read_golden_logits
+from train.errors import UserError, VerificationError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_LARGEST_ROUNDING = 0.25  # as in train.checkpoint.verify: beyond it the proof would be none
+
+
+def save(model: Any, tensors: Mapping[str, Tensor], to: Path) -> None:
+    """Writes the adapter of a live model.
+
+    Args:
+        model: PEFT's model.
+        tensors: the trained parameters by their live names, gathered: under ZeRO-3 the model's own are empty.
+        to: the folder to write.
+
+    Raises:
+        VerificationError: a tensor is empty.
+    """
+    refuse_empty(tensors)
+    model.save_pretrained(to, state_dict=dict(tensors))
+    (to / "README.md").unlink(missing_ok=True)  # PEFT's card, all blanks: step 5 writes one
+    config = json.loads((to / CONFIG).read_text(encoding="utf-8"))
+    config["target_modules"] = sorted(config["target_modules"])  # PEFT has a set: each run would order it otherwise
+    (to / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    model.generation_config.save_pretrained(to)
+
+
+def refuse_empty(tensors: Mapping[str, Tensor]) -> None:
+    """Raises VerificationError for tensors without numbers, as an adapter saved from one part of ZeRO-3 has them."""
+    empty = sorted(name for name, tensor in tensors.items() if tensor.numel() == 0)
+    if empty or not tensors:
+        raise VerificationError(
+            [f"the adapter's {name} is empty: it was not gathered." for name in empty] or ["the adapter has no tensor."]
+        )
+
+
+def saved_name(live: str) -> str:
+    """What PEFT calls a live parameter in its file: without the adapter's own name."""
+    return live.replace(".default.", ".")
+
+
+def load(base_dir: Path, adapter_dir: Path, *, dtype: str) -> Any:
+    """Base and adapter from their files, ready to compute in `dtype` (a name torch knows, or "auto").
+
+    Raises:
+        UserError: they cannot be loaded, or do not fit each other.
+        VerificationError: tensors of the adapter are missing, left over, empty or not finite.
+    """
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    stored = load_file(adapter_dir / WEIGHTS)
+    refuse_empty(stored)
+    bad = sorted(name for name, tensor in stored.items() if not bool(tensor.isfinite().all()))
+    if bad:
+        raise VerificationError([f"the adapter's {name} holds NaN or infinity." for name in bad])
+    try:
+        base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=dtype, local_files_only=True)
+        model = PeftModel.from_pretrained(base, adapter_dir)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{base_dir} and the adapter {adapter_dir} cannot be loaded: {first_line}") from None
+    live = {saved_name(name) for name, _ in model.named_parameters() if ".lora_" in name}
+    wrong = [f"the adapter lacks {name}." for name in sorted(live - stored.keys())]
+    wrong += [f"the adapter has {name}, for which the base has no place." for name in sorted(stored.keys() - live)]
+    if wrong:
+        raise VerificationError(wrong)
+    return model.eval()
+
+
+def prove(base_dir: Path, adapter_dir: Path, golden_logits: Path, *, is_quantized: bool) -> dict[str, Any]:
+    """Loads base and adapter anew and holds their logits against the live model's.
+
+    Returns:
+        `weights`, `logits`, `tokenizer` and `config` as `train.checkpoint.verify.verify` has them.
+
+    Raises:
+        VerificationError: what was saved is not what was trained.
+    """
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoTokenizer
+
+    model = load(base_dir, adapter_dir, dtype="float32")
+    stored = list(load_file(adapter_dir / WEIGHTS).values())
+    up = [weight for name, weight in model.named_parameters() if ".lora_B." in name]
+    config = json.loads((adapter_dir / CONFIG).read_text(encoding="utf-8"))
+    input_ids, golden, computed_in = read_golden_logits(golden_logits)
+
+    def logits_in(dtype: str) -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = model.to(getattr(torch, dtype))(input_ids=input_ids, use_cache=False).logits.float()
+        return logits
+
+    logits = logits_in("float32")
+    record: dict[str, Any] = {"finite": bool(logits.isfinite().all())}
+    problems = [] if record["finite"] else ["the logits of base and adapter hold NaN or infinity."]
+    if is_quantized:
+        record["compared_with"] = "none: the base was quantized in training, the one on disk is not"
+    else:
+        dtype = computed_in or "float32"
+        tolerance, difference = LOGITS_TOLERANCE[dtype], _relative_difference(logits, golden)
+        if not difference <= tolerance and dtype != "float32":
+            rounding = _relative_difference(logits_in(dtype), logits)
+            tolerance = max(tolerance, min(2 * rounding, _LARGEST_ROUNDING))
+            record |= {"tolerance_is": ROUNDING_MEASURE, "rounding": rounding}
+        record |= {
+            "compared_with": f"{golden_logits.name} of the training process",
+            "measure": LOGITS_MEASURE,
+            "tokens": input_ids.numel(),
+            "golden_dtype": dtype,
+            "tolerance": tolerance,
+            "relative_difference": difference,
+        }
+        if not difference <= tolerance:  # NaN is no pass
+            problems.append(
+                f"the logits of base and adapter differ from the training process's own by {difference:.3g}, "
+                f"{tolerance:.3g} is allowed ({LOGITS_MEASURE})."
+            )
+    if problems:
+        raise VerificationError(problems)
+    return {
+        "weights": {
+            "parameters": sum(tensor.numel() for tensor in stored),
+            "dtype": str(stored[0].dtype).removeprefix("torch."),
+            "adapted_modules": len(up),
+            "adapted_and_changed": sum(bool(weight.any()) for weight in up),  # they begin as zeros
+        },
+        "logits": record,
+        "tokenizer": {"vocab_size": len(AutoTokenizer.from_pretrained(adapter_dir, local_files_only=True))},
+        "config": {"base_model": config["base_model_name_or_path"], "rank": config["r"], "alpha": config["lora_alpha"]},
+    }
+
+
+def _relative_difference(logits: Tensor, golden: Tensor) -> float:
+    return float((logits.double() - golden.double()).abs().max() / golden.double().abs().max())

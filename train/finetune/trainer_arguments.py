@@ -1,0 +1,144 @@
+"""The settings as TRL's SFTConfig has them, and --trainer_arguments, which hands it more.
+
+    SFTConfig(**own(settings, folder, device="cpu", deepspeed_config=None, is_resumed=False), **given(settings))
+
+Every argument has one source: what a setting or the launcher decides is refused in --trainer_arguments.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from train.finetune.folder import FinetuneFolder
+from train.finetune.settings import FinetuneSettings
+
+# The launcher's own affair by their meaning, though it leaves them as they are: where from and where to, what the data
+# is, how the model is loaded and spread, and the Hub, whose token would stand in files and logs.
+_NOT_TO_SET = (
+    *("hub_", "push_to_hub", "dataset_", "fsdp", "do_", "deepspeed", "ddp_", "accelerator_config", "ignore_data_skip"),
+    *("model_init_kwargs", "trust_remote_code", "chat_template_path", "eos_token", "pad_token", "truncation_mode"),
+    *("run_name", "project", "trackio_", "resume_from_checkpoint", "save_only_model", "save_on_each_node"),
+    *("remove_unused_columns", "label_names", "data_seed", "padding_free", "shuffle_dataset"),
+)
+# What their owner is called here.
+_OUR_NAMES = {"warmup_steps": "warmup_ratio", "max_length": "max_seq_length", "use_cpu": "device"}
+_OUR_NAMES |= {"load_best_model_at_end": "keep_best"}
+
+
+def own(
+    settings: FinetuneSettings, folder: FinetuneFolder, *, device: str, deepspeed_config: Path | None, is_resumed: bool
+) -> dict[str, Any]:
+    """The arguments that settings and launcher decide."""
+    eval_strategy = ("steps" if settings.eval_steps else "epoch") if settings.eval_data_files else "no"
+    save_strategy = "steps" if settings.save_steps else "no"
+    return {
+        "output_dir": str(folder.checkpoint_dir),
+        "num_train_epochs": settings.num_train_epochs,
+        "max_steps": settings.max_steps,
+        "per_device_train_batch_size": settings.per_device_train_batch_size,
+        "per_device_eval_batch_size": settings.per_device_eval_batch_size,
+        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+        "learning_rate": settings.learning_rate,
+        "warmup_steps": settings.warmup_ratio,  # a number below 1 is a part of all steps
+        "lr_scheduler_type": settings.lr_scheduler_type,
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.max_grad_norm,
+        "seed": settings.seed,
+        "bf16": settings.bf16,
+        "fp16": settings.fp16,
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        # Under ZeRO-3 the other kind meets weights that were let go of meanwhile.
+        "gradient_checkpointing_kwargs": {"use_reentrant": deepspeed_config is not None},
+        "max_length": settings.max_seq_length,
+        "packing": settings.packing,
+        "eval_packing": False,
+        # Tokenized, masked and cut already; only packing is left to do.
+        "dataset_kwargs": None if settings.packing else {"skip_prepare_dataset": True},
+        "completion_only_loss": False,
+        "assistant_only_loss": False,
+        "use_cpu": device == "cpu",
+        "deepspeed": str(deepspeed_config) if deepspeed_config else None,
+        "ddp_find_unused_parameters": False,
+        "logging_steps": settings.logging_steps,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # the filter would show NaN as 0
+        "eval_strategy": eval_strategy,
+        "eval_on_start": eval_strategy != "no" and not is_resumed,
+        "eval_steps": settings.eval_steps or None,
+        "save_strategy": eval_strategy if settings.keeps_best else save_strategy,
+        "save_steps": settings.save_steps or 500,
+        "save_total_limit": settings.save_total_limit,
+        "load_best_model_at_end": settings.keeps_best,
+        "metric_for_best_model": "eval_loss" if settings.keeps_best else None,
+        "greater_is_better": False if settings.keeps_best else None,
+        "restore_callback_states_from_checkpoint": settings.early_stopping_patience > 0,
+        "report_to": ["tensorboard"],
+        "disable_tqdm": True,
+    }
+
+
+def given(settings: FinetuneSettings) -> dict[str, Any]:
+    """--trainer_arguments as values; a word without `=` is left to `problems`."""
+    import yaml
+
+    pairs = (word.partition("=") for word in settings.trainer_arguments)
+    return {name: yaml.safe_load(value) for name, equals, value in pairs if equals}
+
+
+def problems(settings: FinetuneSettings, folder: FinetuneFolder) -> Iterator[str]:
+    """What is wrong with --trainer_arguments. Imports TRL when there are any."""
+    if not settings.trainer_arguments:
+        return
+    import dataclasses
+    import typing
+
+    import yaml
+    from pydantic import TypeAdapter, ValidationError
+    from trl import SFTConfig
+
+    known = {field.name for field in dataclasses.fields(SFTConfig) if field.init}
+    hints = typing.get_type_hints(SFTConfig)
+    decided = own(settings, folder, device="cpu", deepspeed_config=None, is_resumed=False)
+    for word in settings.trainer_arguments:
+        name, equals, text = word.partition("=")
+        if not equals:
+            yield f"--trainer_arguments {word!r}: NAME=VALUE was expected, such as neftune_noise_alpha=5."
+        elif name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else "see TRL's documentation of SFTConfig."
+            yield f"--trainer_arguments {name}: TRL's SFTConfig has no such argument; {hint}"
+        elif name in decided or name.startswith(_NOT_TO_SET):
+            ours = _OUR_NAMES.get(name, name)
+            is_flag = any(field.name == ours for field in dataclasses.fields(FinetuneSettings))
+            advice = f"pass --{ours} instead." if is_flag else "leave it out."
+            yield f"--trainer_arguments {name}: the launcher decides it; {advice}"
+        else:
+            try:
+                TypeAdapter(hints[name]).validate_python(yaml.safe_load(text))
+            except yaml.YAMLError:
+                yield f"--trainer_arguments {word!r}: the value is not YAML; quote it."
+            except ValidationError as error:
+                told = error.errors(include_url=False)[0]["msg"]
+                yield f"--trainer_arguments {name}={text}: {told[0].lower() + told[1:]}."
+
+
+def build(settings: FinetuneSettings, folder: FinetuneFolder, **where: Any) -> Any:
+    """The SFTConfig of a rank. `where` is what `own` asks for.
+
+    Raises:
+        UserError: what TRL itself refuses in --trainer_arguments.
+    """
+    from trl import SFTConfig
+
+    from train.errors import UserError
+
+    extra = given(settings)
+    try:
+        return SFTConfig(**own(settings, folder, **where), **extra)
+    except (ValueError, TypeError, ImportError) as error:
+        if not extra:
+            raise
+        raise UserError(f"--trainer_arguments {' '.join(settings.trainer_arguments)}: {error}") from None
