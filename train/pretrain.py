@@ -42,6 +42,7 @@ _LAUNCHER = Path(__file__).resolve().parents[1] / "scripts" / "step2_pretrain_mo
 
 def pretrain(recipe: PretrainRecipe) -> int:
     """Trains `recipe`, or with --dry_run prints what would run, or with --rehearse tries its layout out."""
+    started = time.time()  # the time budget counts from here
     recipe = _with_wandb_group(recipe.resolved())
     if recipe.rehearse:
         from train.rehearse import rehearse
@@ -55,7 +56,6 @@ def pretrain(recipe: PretrainRecipe) -> int:
     )
     if recipe.dry_run:
         return _dry_run(recipe, allocation, run_folder)
-    started = time.time()
     parts = checks.check_data(recipe)
     if not recipe.overwrite and _is_done(recipe, run_folder, parts):
         print(f"{run_folder.manifest} is there for the same recipe and data: nothing to do (--overwrite starts again).")
@@ -81,7 +81,7 @@ def pretrain(recipe: PretrainRecipe) -> int:
             _remove(run_folder)
         record = run_identity.with_stretches(identity, stretches)
         outputs.write_text(run_folder.identity, json.dumps(record, indent=2) + "\n")
-        _train(_plan(command, recipe, engine, allocation, run_folder), run_folder)
+        _train(_plan(command, recipe, engine, allocation, run_folder, began=started), run_folder)
         remove_universal(run_folder.checkpoint_dir)
         reached = run_folder.latest_step() or 0
         if reached < recipe.train_steps:  # --exit-duration-in-mins and the like end the ranks without an error
@@ -127,7 +127,13 @@ def _submit(recipe: PretrainRecipe, run_folder: RunFolder) -> int:
 
 
 def _plan(
-    command: Command, recipe: PretrainRecipe, engine: str, allocation: Allocation, run_folder: RunFolder
+    command: Command,
+    recipe: PretrainRecipe,
+    engine: str,
+    allocation: Allocation,
+    run_folder: RunFolder,
+    *,
+    began: float | None = None,
 ) -> launch.Plan:
     """The launch on all nodes, which must see the data, the tokenizer and the engine as this one does."""
     data = [Path(f"{word}.idx") for word in recipe.data.data_path if Path(f"{word}.idx").is_file()]
@@ -139,6 +145,7 @@ def _plan(
         job_name=run_folder.job_name,
         paths=[run_folder.root, recipe.data.input_tokenizer_file, *data],
         engine_dir=choose.checkout_dir(engine),
+        began=began,
     )
 
 

@@ -83,6 +83,12 @@ def test_settings_reach_the_job(tmp_path):
     assert END_BY_VARIABLE not in plan(tmp_path, TWO, ClusterSettings(launcher="ssh")).job.environment
 
 
+def test_the_time_budget_counts_from_the_launchers_beginning(tmp_path):
+    """Tokenizing or reshaping a checkpoint may take longer than the margin that is left for the save."""
+    made = plan(tmp_path, TWO, ClusterSettings(launcher="ssh", time_budget_min=10), began=1000.0)
+    assert made.job.environment[END_BY_VARIABLE] == "1600.0"
+
+
 def test_a_secrets_file_of_everybodys_is_refused_before_anything_starts(tmp_path):
     file = tmp_path / "secrets"
     file.write_text("A=planted\n")

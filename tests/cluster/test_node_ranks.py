@@ -263,3 +263,17 @@ def test_output_never_waits_for_its_reader_and_comes_whole():
     output.write(b"nobody reads this")
     assert output.finish(10)
     os.close(writing)
+
+
+def test_threads_are_those_of_the_cores_that_the_job_has_on_this_node(start, monkeypatch, capfd):
+    """A job has four of 64 cores, or the launcher stands on a login node: its number is none of theirs."""
+    code = "import os; print('threads', os.environ['OMP_NUM_THREADS'])"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr("train.cluster.node_ranks.os.sched_getaffinity", lambda _: set(range(7)))
+    assert serve(start(code, processes=2)) == []
+    assert capfd.readouterr().out.splitlines() == ["threads 3"] * 2
+    monkeypatch.setattr("train.cluster.node_ranks.os.sched_getaffinity", lambda _: {0})
+    assert serve(start(code, processes=2)) == []
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert serve(start(code)) == []
+    assert capfd.readouterr().out.splitlines() == ["threads 1", "threads 1", "threads 5"]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from train import cli, manifest
+from train import pretrain_checks as checks
 from train.cluster.allocation import Allocation
 from train.data.indexed_dataset import IndexedDatasetWriter
+from train.early_end import END_BY_VARIABLE
 from train.engine import choose
 from train.engine.megatron_deepspeed import checkout
 from train.errors import EXIT_INTERRUPTED, UserError
@@ -187,3 +190,22 @@ def test_a_run_is_done_when_its_last_step_is_there(paths, capsys, monkeypatch, f
         assert manifest.read(file)["results"]["steps"] == steps + further
         assert run(paths, "--engine", "transformers", "--job_name", "j") == 0
         assert "nothing to do" in capsys.readouterr().out
+
+
+def test_the_time_budget_counts_while_the_launcher_checks(paths, capsys, monkeypatch):
+    """Reshaping a checkpoint may take longer than the margin before the queue's wall time."""
+    clock, check_data, given = time.time, checks.check_data, []
+
+    def slow(recipe):
+        monkeypatch.setattr(time, "time", lambda: clock() + 3600)
+        return check_data(recipe)
+
+    def ranks(plan, _run_folder):
+        given.append(float(plan.job.environment[END_BY_VARIABLE]))
+
+    monkeypatch.setattr(checks, "check_data", slow)
+    monkeypatch.setattr("train.pretrain._train", ranks)
+    began = clock()
+    assert run(paths, "--engine", "transformers", "--job_name", "j", "--time_budget_min", "30") == EXIT_INTERRUPTED
+    capsys.readouterr()
+    assert began <= given[0] - 30 * 60 < began + 1800

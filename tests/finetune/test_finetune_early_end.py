@@ -11,8 +11,10 @@ import pytest
 import signal_at
 from finetune_samples import argv, call  # type: ignore[import-not-found]
 
+from train.cluster.launch import End
 from train.early_end import END_BY_VARIABLE
 from train.errors import EXIT_INTERRUPTED
+from train.finetune import launch
 from train.finetune.folder import FinetuneFolder
 
 pytestmark = pytest.mark.slow
@@ -108,3 +110,25 @@ def test_asked_in_its_last_step_it_leaves_the_proof_to_the_next_call(
     assert records(files["output_dir"]) == records(tmp_path / "whole")
     expected = weights(tmp_path / "whole")
     assert all(value.equal(expected[name]) for name, value in weights(files["output_dir"]).items())
+
+
+def test_the_time_budget_counts_while_the_examples_are_prepared(
+    files: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tokenizing a large set takes longer than the margin before the queue's wall time."""
+    clock, prepare, given = time.time, launch._prepare, []
+
+    def slow(*arguments: Any) -> Any:
+        monkeypatch.setattr(time, "time", lambda: clock() + 3600)
+        return prepare(*arguments)
+
+    def run(plan: Any, *, log: Path) -> End:
+        given.append(float(plan.job.environment[END_BY_VARIABLE]))
+        return End(1, "")
+
+    monkeypatch.setattr(launch, "_prepare", slow)
+    monkeypatch.setattr(launch.launch, "run", run)
+    began = clock()
+    assert call(*argv(files, time_budget_min=30)) == 1
+    capsys.readouterr()
+    assert began <= given[0] - 30 * 60 < began + 1800

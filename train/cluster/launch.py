@@ -82,6 +82,7 @@ def plan(
     paths: Iterable[Path] = (),
     engine_dir: Path | None = None,
     is_distributed: bool = True,
+    began: float | None = None,
 ) -> Plan:
     """Builds a launch.
 
@@ -94,6 +95,8 @@ def plan(
         paths: what every node must see, besides the launch folder.
         engine_dir: a checkout whose commit must be the same on all nodes.
         is_distributed: False starts one plain process that knows of no ranks.
+        began: seconds since 1970 from which --time_budget_min counts; now when None. What a launcher does first
+            (tokenizing, reshaping a checkpoint) may take longer than --save_margin_min.
 
     Raises:
         UserError: the launcher's program is missing, or the secrets file cannot be used.
@@ -127,7 +130,7 @@ def plan(
         processes=allocation.processes_per_host,
         device=allocation.device,
         argv=command.argv,
-        environment={**command.environment, **_end_by(cluster)},
+        environment={**command.environment, **_end_by(cluster, began)},
         working_dir=working_dir,
         secrets=secrets.collect(os.environ, cluster.secrets_file),
         starter=cluster.starter,
@@ -223,9 +226,11 @@ def clean_up(launch_dir: Path) -> None:
     shutil.rmtree(launch_dir, ignore_errors=True)
 
 
-def _end_by(cluster: ClusterSettings) -> dict[str, str]:
+def _end_by(cluster: ClusterSettings, began: float | None) -> dict[str, str]:
     """The time at which the ranks save and end, for `train.early_end`."""
-    return {END_BY_VARIABLE: str(time.time() + 60 * cluster.time_budget_min)} if cluster.time_budget_min else {}
+    if not cluster.time_budget_min:
+        return {}
+    return {END_BY_VARIABLE: str((time.time() if began is None else began) + 60 * cluster.time_budget_min)}
 
 
 def _ssh_config(allocation: Allocation, cluster: ClusterSettings, launch_dir: Path) -> str:

@@ -130,7 +130,7 @@ class NodeRanks:
         self._dead_since: float | None = None
         self._output = SteadyOutput(1)
         self._mark = f"{os.environ.get(process.MARK, '')}/{uuid.uuid4()}"
-        inherited = {**os.environ, process.MARK: self._mark}
+        inherited = {"OMP_NUM_THREADS": str(_threads(order.processes)), **os.environ, process.MARK: self._mark}
         count = order.processes if order.starter == "own" and order.is_distributed else 1
         self._processes: list[_Process] = []
         try:
@@ -230,6 +230,15 @@ class NodeRanks:
             for _ in range(_PIPE_READS):  # a child of it may go on printing, too
                 if not pipe.closed:
                     self.copy_output([pipe])
+
+
+def _threads(processes: int) -> int:
+    """OpenMP threads for each of this node's ranks: all cores for each would be too many, and one would crawl.
+
+    Counted are the cores that the job was given here: a few of the node's, maybe, and other ones than the launcher's.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // processes)
 
 
 def _readable(lines: bytes) -> list[str]:

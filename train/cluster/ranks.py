@@ -19,7 +19,7 @@ def rank_argv(module: str) -> list[str]:
 
 
 def rank_environment(allocation: Allocation, *, extensions_dir: Path) -> dict[str, str]:
-    """The variables of every rank. What the user has set for OpenMP stands.
+    """The variables of every rank, to which each node adds its number of threads. What the user has set stands.
 
     Args:
         allocation: where the ranks run.
@@ -32,8 +32,6 @@ def rank_environment(allocation: Allocation, *, extensions_dir: Path) -> dict[st
         "TOKENIZERS_PARALLELISM": "false",
         "TORCH_EXTENSIONS_DIR": str(extensions_dir.absolute()),
     }
-    if "OMP_NUM_THREADS" not in os.environ:  # all cores for each rank would be too many, and one would crawl
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // allocation.processes_per_host))
     if allocation.device == "cpu":
         environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
         # threads that spin while they wait slow everything down several times once the cores are shared

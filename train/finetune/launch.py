@@ -67,6 +67,7 @@ def finetune(settings: FinetuneSettings) -> int:
         NonFiniteLossError: the loss became NaN or infinite.
         VerificationError: what was saved is not what was trained.
     """
+    started = time.time()  # the time budget counts from here
     settings = settings.with_line_ends()
     folder = FinetuneFolder(settings.output_dir.absolute())
     if settings.job.submit is not None:
@@ -74,7 +75,6 @@ def finetune(settings: FinetuneSettings) -> int:
     where = allocations.find(settings.cluster, num_processes=_processes(settings), device=settings.device)
     if settings.dry_run:
         return _dry_run(settings, where, folder)
-    started = time.time()
     found = _find_inputs(settings, folder)
     plain = _plain(settings)
     if folder.output.is_file():
@@ -95,7 +95,7 @@ def finetune(settings: FinetuneSettings) -> int:
         resume_from = _begin(settings, folder, identity)
         account, eval_account, plan = _prepare(settings, found, where, folder, resume_from)
         outputs.write_text(folder.identity, json.dumps(identity, indent=2) + "\n")  # from here on one can go on with it
-        _train(plan, where, folder)
+        _train(plan, where, folder, began=started)
         checks = proof.prove(plan, folder)
         folder.add_records()
         results = _results(settings, found, where, account, eval_account, checks, folder)
@@ -176,7 +176,12 @@ def build_command(settings: FinetuneSettings, where: Allocation, folder: Finetun
 
 
 def _launch_plan(
-    settings: FinetuneSettings, where: Allocation, folder: FinetuneFolder, model_dir: Path | None = None
+    settings: FinetuneSettings,
+    where: Allocation,
+    folder: FinetuneFolder,
+    model_dir: Path | None = None,
+    *,
+    began: float | None = None,
 ) -> launch.Plan:
     """The launch on all nodes. One process without DeepSpeed is a plain one, which knows of no ranks."""
     return launch.plan(
@@ -187,6 +192,7 @@ def _launch_plan(
         job_name=str(folder.output),
         paths=[folder.root, *([model_dir] if model_dir is not None else [])],
         is_distributed=where.world_size > 1 or _deepspeed_file(settings, folder) is not None,
+        began=began,
     )
 
 
@@ -385,12 +391,12 @@ def _prepare(
     return account, eval_account, plan
 
 
-def _train(plan: Plan, where: Allocation, folder: FinetuneFolder) -> None:
+def _train(plan: Plan, where: Allocation, folder: FinetuneFolder, *, began: float) -> None:
     print(f"where: {where.reason}")
     print(f"batch: {_layout(plan.finetune, where)}", flush=True)
     remove_stale_locks(folder.extensions_dir)
     log = folder.log(socket.gethostname(), time.strftime("%Y.%m.%d_%H.%M.%S"))
-    end = launch.run(_launch_plan(plan.finetune, where, folder, plan.model_dir), log=log)
+    end = launch.run(_launch_plan(plan.finetune, where, folder, plan.model_dir, began=began), log=log)
     outcome.check(folder.outcome, end.exit_status, log=log, cause=end.text)
 
 
