@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import re
 import select
@@ -229,6 +230,19 @@ def _copy_output(
                     sink.flush()
                 except BrokenPipeError:  # nobody reads the terminal any more (| head): the run and its log go on
                     sinks.remove(sink)
+                except OSError as error:
+                    if error.errno != errno.EIO or sink is not sys.stdout.buffer:
+                        raise
+                    _leave_terminal()  # it was closed under a run in the background: the run and its log go on
+
+
+def _leave_terminal() -> None:
+    """Sends what is still to be printed nowhere: no later word of this process's may end it."""
+    nowhere, terminal = os.open(os.devnull, os.O_WRONLY), os.fstat(sys.stdout.fileno())
+    for stream in (sys.stdout, sys.stderr):
+        if os.path.samestat(os.fstat(stream.fileno()), terminal):
+            os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def kill_marked(mark: str) -> None:

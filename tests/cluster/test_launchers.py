@@ -204,3 +204,15 @@ def test_no_secret_of_the_environment_reaches_a_transport(script, monkeypatch):
 )
 def test_a_step_asks_for_no_more_cores_than_the_smallest_node_has(variables: dict[str, str], cores: int) -> None:
     assert launchers._cores(variables) == cores
+
+
+def test_a_job_of_one_gpu_per_task_gives_its_agents_all_gpus():
+    """By srun(1); no Slurm with GPUs has run it. sbatch sets these where a script asks for tasks, one for each GPU."""
+    job = {"SLURM_CPUS_ON_NODE": "32", "SLURM_GPUS_ON_NODE": "8"}
+    assert build("srun", variables=job).argv[0] == "srun"
+    argv = build("srun", variables={**job, "SLURM_GPUS_PER_TASK": "1", "SLURM_GPU_BIND": "single:1"}).argv
+    assert argv[:6] == ("env", "-u", "SLURM_GPUS_PER_TASK", "-u", "SLURM_GPU_BIND", "srun")
+    assert "--gpus-per-node=8" in argv and argv[-2:] == ("bash", str(SCRIPT))
+    argv = build("srun", variables={**job, "SLURM_NTASKS_PER_SOCKET": "4"}).argv
+    assert argv[:4] == ("env", "-u", "SLURM_NTASKS_PER_SOCKET", "srun")
+    assert not [word for word in argv if word.startswith("--gpus")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -189,3 +190,20 @@ def test_secrets_stay_here_when_a_command_hides_them(monkeypatch, capfd, runner)
     text = told[1] if isinstance(told, tuple) else capfd.readouterr().out
     assert text == "[]\nfalse meant\n"
     assert process.capture(python(code, GIVEN_TOKEN="x"))[1].count("'") == 8
+
+
+def test_a_terminal_that_is_closed_ends_no_run_in_the_background(tmp_path: Path) -> None:
+    """As after `pretrain.sh ... & disown` and the end of the ssh session: writing to the terminal is an error then."""
+    code = (
+        "import sys; from pathlib import Path; from train import process\n"
+        "ranks = 'import time\\nfor _ in range(6): print(\"step\", flush=True); time.sleep(0.3)'\n"
+        "status = process.run(process.Command((sys.executable, '-c', ranks)), log=Path(sys.argv[1]))\n"
+        "print('done', flush=True); raise SystemExit(status)"
+    )
+    terminal, ours = os.openpty()
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path / "log"], stdout=ours, stderr=ours) as child:
+        os.close(ours)
+        assert b"step" in os.read(terminal, 1000)
+        os.close(terminal)
+        assert child.wait(30) == 0
+    assert (tmp_path / "log").read_text().split() == ["step"] * 6

@@ -28,6 +28,11 @@ _LOST = (
     re.compile(r"^srun: error: (?P<host>\S+): tasks? [\d,-]+: (?P<killed>Killed|Terminated)"),
     re.compile(r"^srun: error: Node failure on (?P<host>\S+)"),
 )
+# What sbatch tells srun of the job's own tasks (srun(1), INPUT ENVIRONMENT VARIABLES): the step of agents has others.
+_OF_THE_JOBS_TASKS = (
+    "SLURM_GPUS_PER_TASK", "SLURM_NTASKS_PER_GPU", "SLURM_GPU_BIND", "SLURM_TRES_PER_TASK", "SLURM_NTASKS_PER_CORE",
+    "SLURM_NTASKS_PER_SOCKET", "SLURM_DISTRIBUTION",
+)  # fmt: skip
 _PROGRAMS = {"srun": "srun", "pdsh": "pdsh", "ssh": "ssh", "openmpi": "mpirun"}
 
 
@@ -62,6 +67,18 @@ def _cores(environment: Mapping[str, str]) -> int:
     """The cores that a Slurm job has on the node where it has the fewest: SLURM_JOB_CPUS_PER_NODE is `208(x2),96`."""
     found = re.findall(r"(\d+)(?:\(x\d+\))?(?:,|$)", environment.get("SLURM_JOB_CPUS_PER_NODE", ""))
     return min(map(int, found), default=int(environment.get("SLURM_CPUS_ON_NODE", "1")))
+
+
+def _all_gpus(srun: list[str], environment: Mapping[str, str]) -> list[str]:
+    """srun without what the job's script says of tasks: in a job of --gpus-per-task=1 a step of one task has one GPU.
+
+    The number of GPUs is stated then: a step that states none takes over the job's --gpus-per-task.
+    """
+    left_out = [name for name in _OF_THE_JOBS_TASKS if name in environment]
+    gpus = environment.get("SLURM_GPUS_ON_NODE", "")
+    if gpus.isdigit() and any("GPU" in name or "TRES" in name for name in left_out):
+        srun = [*srun, f"--gpus-per-node={gpus}"]
+    return ["env", *(word for name in left_out for word in ("-u", name)), *srun] if left_out else srun
 
 
 def choose(wanted: str, allocation: Allocation, *, is_here: bool) -> tuple[str, str]:
@@ -125,7 +142,7 @@ def build(
         # a step of one task per node would get one core of each, and no memory beyond a core's share
         argv += [f"--cpus-per-task={_cores(environment)}", "--mem=0", "--cpu-bind=none"]
         argv += ["--mpi=none", "--kill-on-bad-exit=0", "--export=ALL", "--unbuffered", "--overlap"]
-        return Command((*argv, *start), hides_secrets=True)
+        return Command((*_all_gpus(argv, environment), *start), hides_secrets=True)
     assert ssh_config is not None
     remote = shlex.join(start).replace("%", "%%")  # pdsh and clush put host names in for %h and the like
     if launcher == "pdsh":
