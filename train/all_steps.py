@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train import process, settings, step_recipe
-from train.cluster import submission, submit
+from train.cluster import allocation, submission, submit
 from train.cluster.job_folder import JobFolder, JobRecord
 from train.cluster.settings import SCHEDULERS, ClusterSettings
 from train.cluster.submission import Submission
+from train.engine import choose
 from train.errors import EXIT_USER, UserError, refuse
 from train.finetune.settings import FinetuneSettings
 from train.process import Command
@@ -86,6 +87,10 @@ def build_submissions(recipe: StepRecipe, scheduler: str) -> list[Submission]:
 def _build_submission(step: Step, recipe: StepRecipe, scheduler: str, required: Path | None) -> Submission:
     job = dataclasses.replace(step.job, submit=scheduler)
     folder = _job_folder(step, recipe)
+    if isinstance(step.settings, PretrainRecipe):
+        parallel = step.settings.parallel
+        where = allocation.of_job(job, num_processes=parallel.num_processes, device=parallel.device)
+        choose.choose(step.settings, where)  # refuses a batch or layout that does not fit the job's nodes
     if step.kind.trains:
         return submission.prepare(
             SCRIPTS / step.kind.script, settings.to_yaml(step.settings), job, folder,

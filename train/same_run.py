@@ -7,7 +7,9 @@ difference.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,9 +35,16 @@ def claimed(lock_file: Path, what: str) -> Iterator[None]:
         UserError: another process holds it.
     """
     lock_file.parent.mkdir(parents=True, exist_ok=True)
-    with lock_file.open("a") as lock:
+    with lock_file.open("a+", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{what} is being made by another process: wait for it, or stop it.") from None
+            lock.seek(0)
+            holder = lock.readline().strip()
+            who = f"another process ({holder})" if holder else "another process"
+            raise UserError(f"{what} is being made by {who}: wait for it, or stop it.") from None
+        with contextlib.suppress(OSError):  # on a full disk it is anonymous, and holds all the same
+            lock.truncate(0)
+            lock.write(f"{os.getpid()} on {os.uname().nodename}\n")
+            lock.flush()
         yield

@@ -8,7 +8,7 @@ import pytest
 
 from train import process
 from train.cluster import allocation
-from train.cluster.settings import ClusterSettings
+from train.cluster.settings import ClusterSettings, SubmitSettings
 from train.errors import UserError
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
@@ -180,6 +180,25 @@ def test_a_hostfile_wins_and_its_slots_are_processes(tmp_path, monkeypatch):
         find(cluster=ClusterSettings(hostfile=file))
     file.write_text("node3\nnode4\n")
     assert find(cluster=ClusterSettings(hostfile=file)).processes_per_host == 4
+
+
+def test_an_ssh_configuration_that_is_not_there_is_no_wrong_host_key(tmp_path):
+    """ssh passes over an Include that is not there, and then refuses hosts whose keys it never saw."""
+    settings = ClusterSettings(ssh_config=tmp_path / "ssh_config")
+    with pytest.raises(UserError, match=r"ssh_config: there is no such file; create_ssh_config_file.sh makes one"):
+        find(cluster=settings)
+    (tmp_path / "ssh_config").write_text("Host *\n")
+    assert find(cluster=settings).world_size == 4
+
+
+@pytest.mark.parametrize(
+    ("nodes", "processes", "told"),
+    [(1, 1, "1 node, 1 process"), (1, 2, "1 node, 2 processes"), (2, 1, "2 nodes, 1 process each"),
+     (2, 4, "2 nodes, 4 processes each")],
+)  # fmt: skip
+def test_what_a_job_asks_for_in_words(nodes, processes, told):
+    job = SubmitSettings(submit="slurm", job_nodes=nodes)
+    assert allocation.of_job(job, num_processes=processes, device="cpu").reason == f"a job that asks for {told}"
 
 
 def test_a_hostfile_by_address_knows_this_machine(tmp_path):

@@ -310,7 +310,8 @@ def test_output_without_a_line_end_is_not_kept_for_ever(play):
 
 def test_a_transport_that_ends_under_a_running_run(play):
     play.started("node1", "node2")
-    assert play.coordinator.result(0) == Failure("node1, node2 broke off without a word.", 1)
+    text = "node1, node2 broke off without a word: what had started them ended with status 137."
+    assert play.coordinator.result(137) == Failure(f"{text} The same command goes on from the last checkpoint.", 1)
 
 
 def test_nothing_listens_afterwards_and_no_secret_shows_in_what_is_printed(tmp_path):

@@ -28,6 +28,7 @@ def test_facts_are_plain_data_and_true(tmp_path):
     found = facts.collect({"job": "j", "paths": [str(tmp_path), str(tmp_path / "no")], "interface": "lo"})
     assert json.loads(json.dumps(found)) == found
     assert (found["interpreter"], found["host"]) == (sys.executable, os.uname().nodename)
+    assert found["boot"] and found["boot"] == facts.collect({})["boot"]
     assert found["unseen"] == [str(tmp_path / "no")]
     assert found["interface_address"] == "127.0.0.1"
     assert found["torch"].startswith(importlib.metadata.version("torch"))

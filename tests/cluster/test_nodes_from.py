@@ -94,6 +94,7 @@ def test_gpus_of_a_slurm_job(variables, gpus, origin):
         ({"SLURM_GPUS_ON_NODE": "many"}, "SLURM_GPUS_ON_NODE is 'many', a number of GPUs"),
         ({"SLURM_GPUS_ON_NODE": "3", "SLURM_GPUS": "4"}, r"4 GPUs \(SLURM_GPUS\) on 2 nodes, 3 of them on this one"),
         ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, "srun started 2 copies .* this is task 1"),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}, "srun started 2 copies .* this is task 0"),
     ],
 )  # fmt: skip
 def test_a_slurm_job_that_contradicts_itself_is_refused(changes, message):
@@ -104,7 +105,9 @@ def test_a_slurm_job_that_contradicts_itself_is_refused(changes, message):
 
 
 def test_a_shell_in_the_first_task_of_srun_goes_on():
-    assert nodes(**SLURM, SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="2").hosts == ("node1", "node2")
+    shell = {**SLURM, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PTY_PORT": "40155"}
+    assert nodes(**shell).hosts == ("node1", "node2")
+    assert nodes(**{**SLURM, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}).hosts == ("node1", "node2")
 
 
 def test_grid_engine_takes_hosts_from_pe_hostfile(write):

@@ -92,3 +92,14 @@ def test_an_interface_that_a_node_lacks_is_refused() -> None:
     }
     (problem,) = preflight.compare(facts, processes=1, device="cpu").problems
     assert problem.startswith("node2 has no interface eno1")
+
+
+def test_one_machine_by_two_names_is_refused():
+    alike = {"boot": "a1", "host": "node1"}
+    assert compare(alike, {"boot": "a2", "host": "node2"}, alike).problems == (
+        "node1 and node3 are one machine, node1: name each node once, and its processes by slots.",
+    )
+    # cloned disks give host names twice; containers of one machine have one boot; an old kernel tells none
+    assert compare(alike, {"boot": "a2", "host": "node1"}).problems == ()
+    assert compare(alike, {"boot": "a1", "host": "container2"}).problems == ()
+    assert compare({"boot": None, "host": "node1"}, {"boot": None, "host": "node1"}).problems == ()

@@ -25,11 +25,12 @@ def test_slurm_job():
 
 
 def test_tasks_of_srun():
-    """A launcher under srun: its first task starts the run, any other refuses to start it once more."""
-    first, second = recorded("slurm_srun_rank0.env"), recorded("slurm_srun_rank1.env")
-    assert schedulers.find_nodes(ClusterSettings(), first).hosts == ("node1", "node2")
-    with pytest.raises(UserError, match="srun started 2 copies of this launcher, this is task 1"):
-        schedulers.find_nodes(ClusterSettings(), second)
+    """A launcher under srun: every task refuses to start the run once more, but the one that is somebody's shell."""
+    for task in (0, 1):
+        with pytest.raises(UserError, match=f"srun started 2 copies of this launcher, this is task {task}"):
+            schedulers.find_nodes(ClusterSettings(), recorded(f"slurm_srun_rank{task}.env"))
+    shell = {**recorded("slurm_srun_rank0.env"), "SLURM_PTY_PORT": "40155"}
+    assert schedulers.find_nodes(ClusterSettings(), shell).hosts == ("node1", "node2")
 
 
 def test_slurms_own_unfolding():

@@ -192,7 +192,7 @@ def test_as_jobs_each_waits_for_the_success_of_the_one_before(folder, calls, cap
 
 
 def test_grid_engine_cannot_ask_for_success_so_the_scripts_do(folder, calls, capsys):
-    text = WHOLE.replace("job_gpus_per_node: 8,\n   scheduler_options: [--exclusive]", "resource: rt_F")
+    text = WHOLE.replace("scheduler_options: [--exclusive]", "resource: rt_F")
     run_all(RunAllSettings(write(text), submit="gridengine"))
     assert calls()[1] == "qsub -hold_jid 41 preprocess_data" and calls()[3].startswith("qsub -g g -hold_jid 42,43")
     assert "looks at the exit code before" in capsys.readouterr().out
@@ -246,3 +246,10 @@ def test_the_demos_steps_run_and_are_skipped_the_second_time(tmp_path, launch):
         assert words in done.stdout
     assert done.stdout.count("nothing to do") >= 5
     assert (tmp_path / "output" / "run_all" / "upload" / "small_chat" / "README.md").is_file()
+
+
+def test_a_batch_that_does_not_fit_the_jobs_nodes_is_refused_before_any_job_waits(calls):
+    uneven = WHOLE.replace("recipe: gpt_0.125B", "recipe: gpt_0.125B\n  global_batch_size: 250\n  engine: transformers")
+    with pytest.raises(UserError, match=r"pretrain_model: --global_batch_size 250 is not a multiple of .* 16 ranks"):
+        run_all(RunAllSettings(recipe=write(uneven), submit="slurm"))
+    assert not Path("calls").exists() and not Path("out").exists()

@@ -328,3 +328,27 @@ def test_names_of_two_submissions_in_one_second_differ(tmp_path, monkeypatch):
     folder = JobFolder(tmp_path, "gpt")
     folder.new_files().script.touch()
     assert folder.new_files().script.name == "gpt_20260102_030405_2.sh"
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"num_nodes": 3}, "--num_nodes 3: the job asks for 2"),
+        ({"hostfile": Path("hostfile")}, "--hostfile hostfile: which nodes the job gets is known when it starts"),
+        ({"launcher": "local"}, "--launcher local starts on one node, and the job asks for 2"),
+        ({"nodes_from": "openmpi", "launcher": "local", "num_nodes": 1}, "--num_nodes 1: .*\n--launcher local"),
+    ],
+)
+def test_what_could_only_fail_once_the_job_runs_is_refused_before_it_waits(cluster, tmp_path, own, message):
+    folder = JobFolder.of_pretraining(tmp_path / "out", "gpt")
+    with pytest.raises(UserError, match=message):
+        hand_in(cluster, folder, own=ClusterSettings(**own), job_nodes=2, parallel_environment="mpi")
+    assert cluster.submitted() == [] and not (tmp_path / "out").exists()
+
+
+def test_another_schedulers_nodes_and_launcher_are_refused():
+    job = SubmitSettings(submit="pbs", job_nodes=2)
+    first, second = submission.problems(job, ClusterSettings(nodes_from="slurm", launcher="srun"))
+    assert first.startswith("--launcher srun is Slurm's") and second.startswith("--nodes_from slurm: the job is for")
+    for source in ("auto", "none", "pbs", "openmpi"):
+        assert list(submission.problems(job, ClusterSettings(nodes_from=source, num_nodes=2, launcher="pdsh"))) == []

@@ -109,11 +109,18 @@ def of_job(job: SubmitSettings, *, num_processes: int, device: str) -> Allocatio
         )
     processes = num_processes or gpus or 1
     hosts = tuple(f"node{number}" for number in range(1, job.job_nodes + 1))
-    reason = f"a job that asks for {job.job_nodes} nodes, {processes} processes each"
+    several = job.job_nodes > 1
+    each = f"{processes} process{'es' if processes > 1 else ''}{' each' if several else ''}"
+    reason = f"a job that asks for {job.job_nodes} node{'s' if several else ''}, {each}"
     return Allocation(hosts, processes, "cuda" if gpus else "cpu", reason, job.submit or "none")
 
 
 def _unreachable(settings: ClusterSettings, nodes: Nodes, this_host: str | None) -> Iterator[str]:
+    if settings.ssh_config is not None and not settings.ssh_config.exists():
+        yield (
+            f"--ssh_config {settings.ssh_config}: there is no such file; create_ssh_config_file.sh makes one, and"
+            " without the flag it is made for the run."
+        )
     if settings.launcher != "local":
         return
     idle = "or pass --nodes_from none to run on this machine alone"

@@ -218,7 +218,9 @@ class Coordinator:
                 return Failure(self._not_come_text(missing, f"status {transport_status}"), _status(transport_status))
             unended = [node for number, node in enumerate(self._job.nodes) if not self._members[number].has_ended]
             if unended:
-                return Failure(f"{', '.join(unended)} broke off without a word.", EXIT_FAILURE)
+                why = f"what had started them ended with status {transport_status}"
+                text = f"{', '.join(unended)} broke off without a word: {why}."
+                return Failure(f"{text} The same command goes on from the last checkpoint.", EXIT_FAILURE)
             return None
 
     # The agents' side.

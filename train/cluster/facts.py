@@ -38,6 +38,7 @@ def collect(invitation: dict[str, Any]) -> dict[str, Any]:
     interface = invitation.get("interface")
     return {
         "host": os.uname().nodename,
+        "boot": _boot(),
         "clock": time.time(),
         "free_port": network.free_port(str(invitation.get("job", ""))),
         "interface": interface,
@@ -59,6 +60,12 @@ def collect(invitation: dict[str, Any]) -> dict[str, Any]:
         "free MiB there": shutil.disk_usage(tempfile.gettempdir()).free >> 20,
         "unseen": [path for path in invitation.get("paths", ()) if not Path(path).exists()],
     }
+
+
+def _boot() -> str | None:
+    """What the kernel calls its present boot (random(4)): no two machines share it. None where it does not say."""
+    file = Path("/proc/sys/kernel/random/boot_id")
+    return file.read_text(encoding="ascii").strip() if file.is_file() else None
 
 
 def _version(package: str) -> str | None:

@@ -6,7 +6,7 @@ checkpoint. All of it can be known before the GPUs are taken.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,7 @@ def compare(facts: Mapping[str, Mapping[str, Any]], *, processes: int, device: s
             rows.append((name, [_shown(value) for value in values]))
             sink = notes if name in _TOLD else problems
             sink.append(f"{name}: {_groups(nodes, values)}.")
+    problems += _same_machines(facts)
     for node in nodes:
         told = facts[node]
         if device == "cuda" and told.get("GPUs", 0) < processes:
@@ -78,6 +79,17 @@ def compare(facts: Mapping[str, Mapping[str, Any]], *, processes: int, device: s
         if 0 <= told.get("open files", _FEW_FILES) < _FEW_FILES:
             notes.append(f"{node} allows {told['open files']} open files; its hard limit keeps it from more.")
     return Report(tuple(problems), tuple(notes), _table(nodes, rows))
+
+
+def _same_machines(facts: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Names of one machine. Containers on it share its boot, and have host names of their own."""
+    machines: dict[tuple[Any, Any], list[str]] = {}
+    for node, told in facts.items():
+        if told.get("boot"):
+            machines.setdefault((told["boot"], told.get("host")), []).append(node)
+    for (_, host), names in machines.items():
+        if len(names) > 1:
+            yield f"{' and '.join(names)} are one machine, {host}: name each node once, and its processes by slots."
 
 
 def _groups(nodes: Sequence[str], values: Sequence[Any]) -> str:

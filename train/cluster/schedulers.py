@@ -129,13 +129,14 @@ def _told(answer: Nodes | Absent | UserError) -> str:
 def _refuse_copies(variables: Mapping[str, str]) -> None:
     """Refuses to start a run from one of several copies of a launcher: each would start all of it.
 
-    srun's first task goes on: `srun --nodes 2 --pty bash` is a shell in task 0, and looks the same from inside.
+    The shell of `srun --nodes 2 --pty bash` is the first task of several, too, and goes on: only it has a terminal.
     """
     problem = openmpi.copies(variables)
     if problem is not None:
         raise UserError(problem)
-    task = variables.get("SLURM_PROCID", "0")
-    if task not in ("", "0"):
+    task = variables.get("SLURM_PROCID") or "0"
+    has_others = variables.get("SLURM_STEP_NUM_TASKS", "1") not in ("", "1")
+    if task != "0" or (has_others and "SLURM_PTY_PORT" not in variables):
         copies = variables.get("SLURM_STEP_NUM_TASKS") or variables.get("SLURM_NTASKS", "several")
         raise UserError(
             f"srun started {copies} copies of this launcher, this is task {task}, and each would start the whole run:"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from train.cluster import job_script
 from train.cluster.job_folder import JobFiles, JobFolder
 from train.cluster.node_script import carried
 from train.cluster.settings import ClusterSettings, SubmitSettings, wall_time_s
+from train.errors import refuse
 
 _PASSWORD_IN_ADDRESS = re.compile(r"://[^/\s@]+@")  # as in http_proxy=http://me:password@proxy
 
@@ -57,11 +58,33 @@ def prepare(
     first_arguments: Sequence[str] = (),
     required: Path | None = None,
 ) -> Submission:
-    """The submission of a launcher that has a --recipe; nothing is written yet. Arguments as for `submit.submit`."""
+    """The submission of a launcher that has a --recipe; nothing is written yet. Arguments as for `submit.submit`.
+
+    Raises:
+        UserError: the job could only end with an error once its nodes are there.
+    """
+    refuse(problems(job, cluster))
     files = folder.new_files()
     flags = ["--recipe", str(files.settings), *launcher_flags(job, cluster)]
     command = ("bash", str(launcher.absolute()), *flags)
     return build(command, settings_yaml, job, folder, files, first_arguments, required)
+
+
+def problems(job: SubmitSettings, cluster: ClusterSettings) -> Iterator[str]:
+    """What would be refused when the job starts, which may be days from now."""
+    if cluster.num_nodes not in (0, job.job_nodes):
+        yield f"--num_nodes {cluster.num_nodes}: the job asks for {job.job_nodes} (--job_nodes); leave --num_nodes out."
+    if cluster.hostfile is not None:
+        yield (
+            f"--hostfile {cluster.hostfile}: which nodes the job gets is known when it starts, and it finds them by"
+            f" itself; leave --hostfile or --submit {job.submit} out."
+        )
+    if cluster.launcher == "local" and job.job_nodes > 1:
+        yield f"--launcher local starts on one node, and the job asks for {job.job_nodes} (--job_nodes): leave it out."
+    if cluster.launcher == "srun" and job.submit != "slurm":
+        yield f"--launcher srun is Slurm's, and the job is for --submit {job.submit}: leave it out."
+    if cluster.nodes_from not in ("auto", "none", "openmpi", job.submit) and cluster.hostfile is None:
+        yield f"--nodes_from {cluster.nodes_from}: the job is for --submit {job.submit}; leave it out."
 
 
 def build(
