@@ -13,21 +13,17 @@ import pytest
 from train.data.document_formats import BadDocumentError
 from train.data.documents import Skipped
 from train.errors import UserError
-from train.finetune.conversations import Conversation, Message, parse_record, read_conversations
+from train.finetune.conversations import Conversation, read_conversations
+from train.finetune.record_formats import Message, Reading, parse_record
 
-HUMAN, ASSISTANT = "### Human:", "### Assistant:"
+READING = Reading("### Human:", "### Assistant:")
 QUESTION_AND_ANSWER = (Message("user", "Q"), Message("assistant", "A"))
 
 
 def _read(file: Path, *, on_error: str = "stop", skipped: Skipped | None = None) -> list[Conversation]:
-    found = read_conversations(
-        [file],
-        instruction_template=HUMAN,
-        response_template=ASSISTANT,
-        on_error=on_error,
-        skipped=Skipped() if skipped is None else skipped,
+    return list(
+        read_conversations([file], READING, on_error=on_error, skipped=Skipped() if skipped is None else skipped)
     )
-    return list(found)
 
 
 @pytest.mark.parametrize(
@@ -43,12 +39,12 @@ def _read(file: Path, *, on_error: str = "stop", skipped: Skipped | None = None)
     ],
 )
 def test_each_form(record: dict[str, Any]) -> None:
-    assert parse_record(record, HUMAN, ASSISTANT) == QUESTION_AND_ANSWER
+    assert parse_record(record, READING)[1] == QUESTION_AND_ANSWER
 
 
 def test_a_text_of_several_turns_with_what_stands_before() -> None:
     text = "Be brief.\n### Human: Q### Assistant: say '### Assistant:' twice### Human: R### Assistant: B"
-    assert parse_record({"text": text}, HUMAN, ASSISTANT) == (
+    assert parse_record({"text": text}, READING)[1] == (
         Message("system", "Be brief."),
         Message("user", "Q"),
         Message("assistant", "say '### Assistant:' twice"),
@@ -59,12 +55,13 @@ def test_a_text_of_several_turns_with_what_stands_before() -> None:
 
 def test_templates_with_line_ends_find_texts_that_begin_with_them() -> None:
     text = "### 指示:\nQ\n\n### 応答:\nA"
-    assert parse_record({"text": text}, "\n\n### 指示:\n", "\n\n### 応答:\n") == QUESTION_AND_ANSWER
+    reading = Reading("\n\n### 指示:\n", "\n\n### 応答:\n")
+    assert parse_record({"text": text}, reading)[1] == QUESTION_AND_ANSWER
 
 
 def test_messages_keep_their_blanks() -> None:
     messages = [{"role": "user", "content": " Q\n"}, {"role": "assistant", "content": "  A "}]
-    assert parse_record({"messages": messages}, HUMAN, ASSISTANT)[1].content == "  A "
+    assert parse_record({"messages": messages}, READING)[1][1].content == "  A "
 
 
 def _turns(*roles: str) -> dict[str, Any]:
@@ -73,7 +70,7 @@ def _turns(*roles: str) -> dict[str, Any]:
 
 BAD_RECORDS = [
     ([1], "not an object"),
-    ({"body": "x"}, r"no messages, conversations, prompt and completion, or text \(keys: 'body'\)"),
+    ({"body": "x"}, r"none of the known forms: .*prompt and completion;.*text \(keys: 'body'\)"),
     ({}, r"keys: none"),
     ({"messages": "x"}, "is not a list of messages"),
     ({"messages": []}, "no assistant turn"),
@@ -90,14 +87,14 @@ BAD_RECORDS = [
     ({"text": "Q: x A: y"}, "no '### Human:'; name the right --instruction_template"),
     ({"text": "### Human: Q"}, "no '### Assistant:'; name the right --response_template"),
     ({"text": "### Human: Q### Assistant:"}, "message 2, by assistant, is empty"),
-    ({"text": None}, "no messages"),
+    ({"text": None}, "none of the known forms"),
 ]
 
 
 @pytest.mark.parametrize(("record", "message"), BAD_RECORDS)
 def test_what_is_no_conversation(record: Any, message: str) -> None:
     with pytest.raises(BadDocumentError, match=message):
-        parse_record(record, HUMAN, ASSISTANT)
+        parse_record(record, READING)
 
 
 def test_every_bad_record_is_named_with_its_line(write_jsonl: Callable[..., Path]) -> None:

@@ -11,7 +11,8 @@ import pytest
 from finetune_samples import converted_sentencepiece, random_conversation  # type: ignore[import-not-found]
 
 from train.finetune import chat_template, masks
-from train.finetune.conversations import Conversation, Message
+from train.finetune.conversations import Conversation
+from train.finetune.record_formats import Message
 
 
 def _conversation(messages: list[dict[str, str]]) -> Conversation:

@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from train.finetune.prompt_template import PromptTemplate
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -38,26 +41,32 @@ def build(instruction_template: str, response_template: str, *, begins_with_bos:
         "{% for message in messages %}",
         "{% if message['role'] == 'system' %}{{ message['content'] }}",
         "{% elif message['role'] == 'user' %}",
-        f"{{% if loop.first %}}{{{{ {_quoted(opening)} }}}}{{% else %}}{{{{ {_quoted(between_turns)} }}}}{{% endif %}}",
-        f"{{{{ {_quoted(question_gap)} + message['content'] }}}}",
+        f"{{% if loop.first %}}{{{{ {quoted(opening)} }}}}{{% else %}}{{{{ {quoted(between_turns)} }}}}{{% endif %}}",
+        f"{{{{ {quoted(question_gap)} + message['content'] }}}}",
         "{% else %}",
-        f"{{{{ {_quoted(before_answer)} }}}}",
-        f"{{% generation %}}{{{{ {_quoted(answer_gap)} + message['content'] + eos_token }}}}{{% endgeneration %}}",
+        f"{{{{ {quoted(before_answer)} }}}}",
+        f"{{% generation %}}{{{{ {quoted(answer_gap)} + message['content'] + eos_token }}}}{{% endgeneration %}}",
         "{% endif %}",
         "{% endfor %}",
-        f"{{% if add_generation_prompt %}}{{{{ {_quoted(before_answer)} }}}}{{% endif %}}",
+        f"{{% if add_generation_prompt %}}{{{{ {quoted(before_answer)} }}}}{{% endif %}}",
     ]
     return "".join(parts)
 
 
-def choose(tokenizer: Any, *, instruction_template: str, response_template: str) -> tuple[str, str | None]:
+def choose(
+    tokenizer: Any, *, instruction_template: str, response_template: str, prompt: PromptTemplate | None = None
+) -> tuple[str, str | None]:
     """The template to train with, and what to tell the user about it.
 
-    The tokenizer's own template is kept when it marks what is trained.
+    A prompt template is what the user asked for; else the tokenizer's own template is kept when it marks what is
+    trained.
     """
     own = tokenizer.chat_template
     if isinstance(own, dict):
         own = own.get("default")
+    if prompt is not None:
+        notice = "the tokenizer's chat template is replaced by --prompt_template" if own else None
+        return prompt.chat_template(begins_with_bos=_begins_with_bos(tokenizer)), notice
     if own and marks_training(own):
         return own, "the tokenizer's own chat template is used; --instruction_template only serves to read the data"
     begins_with_bos = _begins_with_bos(tokenizer)
@@ -76,7 +85,7 @@ def _with_gap(template: str) -> tuple[str, str]:
     return (template, "") if template[-1:].isspace() else (template, " ")
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """A Jinja string literal. JSON's is one, as long as nothing is spelt as a surrogate pair."""
     return json.dumps(text, ensure_ascii=False)
 

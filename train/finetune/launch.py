@@ -29,8 +29,8 @@ from train.cluster.allocation import Allocation
 from train.cluster.ranks import rank_argv, rank_environment
 from train.deepspeed_ops import remove_stale_locks
 from train.errors import UserError, refuse
-from train.finetune import deepspeed_config, inputs, lora, methods, proof, trainer_arguments
-from train.finetune.examples import Account
+from train.finetune import data_settings, deepspeed_config, inputs, lora, methods, proof, trainer_arguments
+from train.finetune.account import Account
 from train.finetune.folder import FinetuneFolder, Plan
 from train.finetune.settings import FinetuneSettings
 from train.monitor import progress, wandb_run
@@ -46,10 +46,14 @@ class _Inputs:
 
     model_dir: Path
     tokenizer_dir: Path
-    data_files: tuple[Path, ...]
+    sources: tuple[inputs.Source, ...]
     eval_files: tuple[Path, ...]
     deepspeed: Path | None
     base_model_on_hub: bool
+
+    @property
+    def data_files(self) -> tuple[Path, ...]:
+        return tuple(file for source in self.sources for file in source.files)
 
     def files(self) -> list[Path]:
         found = inputs.model_files(self.model_dir)
@@ -236,7 +240,7 @@ def _find_inputs(settings: FinetuneSettings, folder: FinetuneFolder) -> _Inputs:
     if settings.tokenizer_name_or_path is not None:
         name, flag = settings.tokenizer_name_or_path, "--tokenizer_name_or_path"
         tokenizer_dir = attempt(inputs.find_model, name, flag=flag, with_weights=False)
-    data_files = attempt(inputs.find_data, settings.data_files, flag="--data_files")
+    sources = attempt(inputs.find_sources, settings.data_files, settings.data_weights, flag="--data_files")
     eval_files: tuple[Path, ...] = ()
     if settings.eval_data_files:
         eval_files = attempt(inputs.find_data, settings.eval_data_files, flag="--eval_data_files")
@@ -247,7 +251,7 @@ def _find_inputs(settings: FinetuneSettings, folder: FinetuneFolder) -> _Inputs:
     problems.extend(trainer_arguments.problems(settings, folder))
     refuse(problems)
     is_on_hub = not Path(settings.model_name_or_path).is_dir()
-    return _Inputs(model_dir, tokenizer_dir, data_files, eval_files, settings.deepspeed, is_on_hub)
+    return _Inputs(model_dir, tokenizer_dir, sources, eval_files, settings.deepspeed, is_on_hub)
 
 
 def _deepspeed_problems(file: Path) -> Iterator[str]:
@@ -361,18 +365,21 @@ def _prepare(
         tokenizer,
         instruction_template=settings.instruction_template,
         response_template=settings.response_template,
+        prompt=data_settings.prompt_of(settings),
     )
     tokenizer.chat_template = template
     (folder.tokenizer_dir / "chat_template.jinja").write_text(template, encoding="utf-8")
     if notice:
         print(f"note: {notice}")
-    account = examples.prepare(tokenizer, found.data_files, settings, folder.train_examples)
+    account, eval_account = examples.prepare_all(
+        tokenizer, found.sources, settings, folder.train_examples, folder.eval_examples
+    )
     print(account.summary())
     if account.shown:
         masks.print_examples(tokenizer, account.shown, stream=sys.stdout)
-    eval_account = None
     if found.eval_files:
         eval_account = examples.prepare(tokenizer, found.eval_files, settings, folder.eval_examples)
+    if eval_account is not None:
         print(f"held out: {eval_account.summary()}")
     if found.deepspeed is not None:
         shutil.copyfile(found.deepspeed, folder.deepspeed_config)

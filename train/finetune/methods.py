@@ -112,8 +112,8 @@ def _best_problems(settings: FinetuneSettings) -> Iterator[str]:
     if not settings.keeps_best:
         return
     flag = "--early_stopping_patience" if settings.early_stopping_patience else "--keep_best"
-    if not settings.eval_data_files:
-        yield f"{flag} compares held-out losses: add --eval_data_files."
+    if not settings.evaluates:
+        yield f"{flag} compares held-out losses: add --eval_data_files or --eval_size."
     if not settings.save_steps:
         yield f"{flag} goes back to the best checkpoint, and --save_steps 0 saves none: leave it out."
     elif settings.eval_steps and settings.save_steps % settings.eval_steps:

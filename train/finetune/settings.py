@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train.cluster.settings import ClusterSettings, SubmitSettings
-from train.finetune import methods
+from train.finetune import data_settings, methods
+from train.finetune.record_formats import AUTO, FORMATS
 from train.settings import section, setting
 
 _AT_LEAST_ONE = (
@@ -33,10 +34,19 @@ class FinetuneSettings:
     output_dir: Path = setting(help="folder to make: model, tokenizer, manifest, verification")
     data_files: tuple[str, ...] = setting(
         (),
-        help="conversations: .json, .jsonl (also .gz, .zst) or .parquet files or globs; without any, the seeds' "
-        "openassistant_best_replies_train.jsonl from the Hub",
+        help="conversations: .json, .jsonl (also .gz, .zst) or .parquet files or globs, or OWNER/NAME[:SPLIT] of the "
+        "Hub; without any, the seeds' openassistant_best_replies_train.jsonl from the Hub",
+    )
+    data_weights: tuple[float, ...] = setting(
+        (), help="how much each entry of data_files counts, such as 2 1; by its examples when not given"
+    )
+    data_format: str = setting(
+        AUTO, help="form of the records; auto goes by the keys of each", choices=(AUTO, *FORMATS)
     )
     eval_data_files: tuple[str, ...] = setting((), help="held-out conversations, evaluated but not trained on")
+    eval_size: float = setting(
+        0.0, help="held out of data_files when there are no eval_data_files: a number of examples, or a share below 1"
+    )
     tokenizer_name_or_path: str | None = setting(None, help="tokenizer folder or name; the model's own when not given")
     use_fast: bool = setting(True, help="fast tokenizer; with False it is used all the same, and said")
     additional_special_tokens: tuple[str, ...] = setting((), help="tokens to add to tokenizer and embeddings")
@@ -45,6 +55,14 @@ class FinetuneSettings:
 
     instruction_template: str = setting("### Human:", help="stands before each question; \\n is a line end")
     response_template: str = setting("### Assistant:", help="stands before each answer; \\n is a line end")
+    prompt_template: str | None = setting(
+        None,
+        help="how a record becomes a prompt: alpaca, alpaca_ja, dolly_ja, plain or squad, a text with fields such as "
+        "{instruction} {input} {output}, or a file with one; it becomes the chat template",
+    )
+    prompt_template_without_input: str | None = setting(
+        None, help="the text for records without input, where it is worded differently"
+    )
     on_error: str = setting("stop", help="what a broken or unusable record does", choices=("stop", "skip"))
     too_long: str = setting(
         "truncate", help="what happens to examples over max_seq_length", choices=("truncate", "drop")
@@ -158,13 +176,14 @@ class FinetuneSettings:
             yield "--fp16 needs a GPU: use --bf16, or neither, on a CPU."
         if self.deepspeed is not None and self.zero_stage:
             yield "--deepspeed and --zero_stage exclude each other: the file states its own stage."
-        if self.eval_steps and not self.eval_data_files:
-            yield f"--eval_steps {self.eval_steps} has no effect without --eval_data_files: add them."
+        if self.eval_steps and not self.evaluates:
+            yield f"--eval_steps {self.eval_steps} has no effect without --eval_data_files or --eval_size: add one."
         if self.seed > _LARGEST_SEED:
             yield f"--seed {self.seed}: it must be at most {_LARGEST_SEED}."
         if "" in self.additional_special_tokens:
             yield "--additional_special_tokens: a token is empty; name the tokens, or leave the flag out."
         yield from methods.problems(self)
+        yield from data_settings.problems(self)
         yield from self._folder_problems()
         yield from self._template_problems()
         if not self.use_wandb:
@@ -195,6 +214,11 @@ class FinetuneSettings:
             yield "--instruction_template and --response_template are the same: questions and answers must differ."
 
     @property
+    def evaluates(self) -> bool:
+        """Whether there is held-out data."""
+        return bool(self.eval_data_files or self.eval_size)
+
+    @property
     def keeps_best(self) -> bool:
         """Whether the best checkpoint is handed over; stopping early would else hand over one that got worse."""
         return self.keep_best or self.early_stopping_patience > 0
@@ -205,9 +229,12 @@ class FinetuneSettings:
         return self.use_wandb
 
     def with_line_ends(self) -> FinetuneSettings:
-        """The same settings with a literal backslash-n in the templates turned into a line end, as shells pass it."""
+        """The same settings with a literal backslash-n in the templates turned into a line end, as shells pass it.
+
+        The prompt template is its text, whatever named it.
+        """
         return dataclasses.replace(
-            self,
+            data_settings.resolved(self),
             instruction_template=self.instruction_template.replace("\\n", "\n"),
             response_template=self.response_template.replace("\\n", "\n"),
         )

@@ -32,7 +32,7 @@ def own(
     settings: FinetuneSettings, folder: FinetuneFolder, *, device: str, deepspeed_config: Path | None, is_resumed: bool
 ) -> dict[str, Any]:
     """The arguments that settings and launcher decide."""
-    eval_strategy = ("steps" if settings.eval_steps else "epoch") if settings.eval_data_files else "no"
+    eval_strategy = ("steps" if settings.eval_steps else "epoch") if settings.evaluates else "no"
     save_strategy = "steps" if settings.save_steps else "no"
     return {
         "output_dir": str(folder.checkpoint_dir),

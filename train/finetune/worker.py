@@ -87,7 +87,7 @@ def train(plan: Plan, folder: FinetuneFolder) -> None:
         args=arguments,
         processing_class=tokenizer,
         train_dataset=_examples(folder.train_examples),
-        eval_dataset=_examples(folder.eval_examples) if plan.finetune.eval_data_files else None,
+        eval_dataset=_examples(folder.eval_examples) if plan.finetune.evaluates else None,
         callbacks=[
             Reporting(folder.metrics, wandb),
             *([EarlyStoppingCallback(patience)] if (patience := plan.finetune.early_stopping_patience) else []),
@@ -100,7 +100,7 @@ def train(plan: Plan, folder: FinetuneFolder) -> None:
         if wandb is not None:
             wandb.finish()
         raise early_end.EndedEarlyError(trainer.state.global_step, early.reason)
-    if plan.finetune.eval_data_files and _is_unevaluated(trainer):
+    if plan.finetune.evaluates and _is_unevaluated(trainer):
         trainer.evaluate()
     trainers.write_golden_logits(trainer, folder.golden_logits)
     trainers.save(trainer, folder, special)
