@@ -54,7 +54,7 @@ def run_all(wanted: RunAllSettings) -> int:
             print(command.text())
             continue
         print(f"\n=== {step.kind.name}", flush=True)
-        code = process.run(command)
+        code = process.run(command, grace_s=_grace_s(step))
         if code:
             goes_on = "" if code == EXIT_USER else "; the same command goes on from here"
             raise UserError(f"{step.kind.name} ended with exit code {code}{goes_on}.", exit_code=code)
@@ -64,6 +64,11 @@ def run_all(wanted: RunAllSettings) -> int:
 def build_command(step: Step) -> Command:
     """The launcher of a step, to run here."""
     return Command((*_launcher(step), *step.words), {"TRAIN_PYTHON": sys.executable})
+
+
+def _grace_s(step: Step) -> float:
+    """Seconds that a step gets to end when it is asked to: longer than it gives its own ranks to save."""
+    return (step.settings.cluster.grace_s if step.kind.trains else 0) + process.GRACE_S
 
 
 def build_submissions(recipe: StepRecipe, scheduler: str) -> list[Submission]:

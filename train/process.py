@@ -31,7 +31,7 @@ MARK = "TRAIN_RUN_MARK"  # the environment variable by which everything that a r
 _LIBC = ctypes.CDLL(None)  # loaded here: nothing may be loaded between fork and exec
 _POLL_S = 0.5
 Child = subprocess.Popen[bytes]
-_GRACE_S = 30.0  # what a child gets between our signal and SIGKILL: long enough for the last log lines
+GRACE_S = 30.0  # what a child gets between our signal and SIGKILL: long enough for the last log lines
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,10 @@ class Watcher(Protocol):
         """Whether the program is to be killed now. Asked twice a second, and after all output."""
 
 
-def run(command: Command, *, log: Path | None = None, watcher: Watcher | None = None) -> int:
+def run(command: Command, *, log: Path | None = None, watcher: Watcher | None = None, grace_s: float = GRACE_S) -> int:
     """Runs `command`, copies its output to this terminal and to `log`, and returns its true exit code.
 
-    SIGINT and SIGTERM go on to the program; what is still there half a minute later is killed. With a `watcher` it is
+    SIGINT and SIGTERM go on to the program; what is still there `grace_s` later is killed. With a `watcher` it is
     the watcher who answers them and says when to kill. Whatever the program started ends with it, even ranks in
     sessions of their own whose launcher was killed; and it ends when this process is killed.
 
@@ -114,7 +114,7 @@ def run(command: Command, *, log: Path | None = None, watcher: Watcher | None = 
         if watcher is not None:  # told in the loop below, where no lock of its can be held
             return
         signal_group(child, number)
-        signal.setitimer(signal.ITIMER_REAL, _GRACE_S / mark.count("/"))  # an inner run gives up before its outer one
+        signal.setitimer(signal.ITIMER_REAL, grace_s / mark.count("/"))  # an inner run gives up before its outer one
 
     def kill(_number: int, _frame: FrameType | None) -> None:
         signal_group(child, signal.SIGKILL)

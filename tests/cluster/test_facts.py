@@ -71,3 +71,13 @@ def test_the_engines_commit_is_asked_of_the_node(tmp_path):
     assert facts.collect({"engine_dir": str(tmp_path)})["engine"] == commit
     assert facts.collect({"engine_dir": str(tmp_path / "no")})["engine"] == f"none in {tmp_path}/no"
     assert facts.collect({})["engine"] is None
+
+
+def test_a_full_disk_is_told_though_python_would_pass_it_over(tmp_path, monkeypatch):
+    """tempfile takes the next folder then, and at last the one in which the agent stands, which all nodes share."""
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: "/")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert facts.collect({})["temporary folder"] == str(tmp_path)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "no"))
+    monkeypatch.setenv("TEMP", str(tmp_path))
+    assert facts.collect({})["temporary folder"] == str(tmp_path)

@@ -253,3 +253,17 @@ def test_a_batch_that_does_not_fit_the_jobs_nodes_is_refused_before_any_job_wait
     with pytest.raises(UserError, match=r"pretrain_model: --global_batch_size 250 is not a multiple of .* 16 ranks"):
         run_all(RunAllSettings(recipe=write(uneven), submit="slurm"))
     assert not Path("calls").exists() and not Path("out").exists()
+
+
+def test_a_step_that_is_asked_to_end_has_the_time_that_it_gives_its_ranks_to_save(folder, monkeypatch, capsys):
+    given = []
+
+    def run(command, *, grace_s):
+        given.append(grace_s)
+        return 0
+
+    monkeypatch.setattr("train.all_steps.process.run", run)
+    longer = WHOLE.replace("recipe: gpt_0.125B", "recipe: gpt_0.125B\n  grace_s: 600")
+    run_all(RunAllSettings(write(longer)))
+    capsys.readouterr()
+    assert sorted(set(given)) == [30.0, 90.0, 630.0]

@@ -207,3 +207,16 @@ def test_a_terminal_that_is_closed_ends_no_run_in_the_background(tmp_path: Path)
         os.close(terminal)
         assert child.wait(30) == 0
     assert (tmp_path / "log").read_text().split() == ["step"] * 6
+
+
+def test_a_program_has_the_time_to_end_that_it_is_given(tmp_path: Path) -> None:
+    """A step of all steps saves for longer than half a minute; here the seconds are tenths."""
+    code = (
+        "import sys; from train import process\n"
+        "deaf = 'import signal, time; signal.signal(15, signal.SIG_IGN); print(1, flush=True); time.sleep(60)'\n"
+        "raise SystemExit(process.run(process.Command((sys.executable, '-c', deaf)), grace_s=0.5))"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None and child.stdout.readline() == b"1\n"
+        child.terminate()
+        assert child.wait(20) == 143

@@ -36,6 +36,7 @@ def collect(invitation: dict[str, Any]) -> dict[str, Any]:
     torch = _torch()
     gpus = _gpus()
     interface = invitation.get("interface")
+    temporary = _temporary_folder()
     return {
         "host": os.uname().nodename,
         "boot": _boot(),
@@ -56,8 +57,8 @@ def collect(invitation: dict[str, Any]) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "open files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         "locked memory": resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
-        "temporary folder": tempfile.gettempdir(),
-        "free MiB there": shutil.disk_usage(tempfile.gettempdir()).free >> 20,
+        "temporary folder": temporary,
+        "free MiB there": shutil.disk_usage(temporary).free >> 20,
         "unseen": [path for path in invitation.get("paths", ()) if not Path(path).exists()],
     }
 
@@ -66,6 +67,12 @@ def _boot() -> str | None:
     """What the kernel calls its present boot (random(4)): no two machines share it. None where it does not say."""
     file = Path("/proc/sys/kernel/random/boot_id")
     return file.read_text(encoding="ascii").strip() if file.is_file() else None
+
+
+def _temporary_folder() -> str:
+    """Where programs put temporary files. Python itself passes over a full disk, and takes the run's folder at last."""
+    named = (os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP"))
+    return next((folder for folder in (*named, "/tmp") if folder and Path(folder).is_dir()), tempfile.gettempdir())
 
 
 def _version(package: str) -> str | None:
