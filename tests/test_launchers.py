@@ -26,6 +26,7 @@ DRY_RUNS = {
     "demo.py": ["--output_dir", "{out}"],
     "run_all.py": ["--recipe", "demo"],
     "status.py": None,
+    "report.py": ["--folder", "no", "--output", "{out}"],
     "measure_nodes.py": ["--device", "cpu", "--num_processes", "2", "--output", "{out}"],
     "install_megatron_deepspeed.py": [],
     "train_sentencepiece_tokenizer.py": ["--input", "no/such.jsonl", "--model_prefix", "{out}", "--vocab_size", "100"],
@@ -47,6 +48,7 @@ DRY_RUNS = {
         "--input_tokenizer_and_model_dir", "no", "--output_model_name", "n"],
     "finetune.py": ["--model_name_or_path", "no", "--data_files", "no.jsonl", "--output_dir", "{out}"],
     "generate.py": ["--model_name_or_path", "no", "--prompt", "x"],
+    "evaluate.py": ["--model_name_or_path", "no", "--text_files", "no.jsonl"],
     "inspect_data.py": None,
 }  # fmt: skip
 
