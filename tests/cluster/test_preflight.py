@@ -103,3 +103,8 @@ def test_one_machine_by_two_names_is_refused():
     assert compare(alike, {"boot": "a2", "host": "node1"}).problems == ()
     assert compare(alike, {"boot": "a1", "host": "container2"}).problems == ()
     assert compare({"boot": None, "host": "node1"}, {"boot": None, "host": "node1"}).problems == ()
+
+
+def test_a_table_of_a_hundred_nodes_can_be_read():
+    table = compare(*[{}] * 41, {"torch": "2.11.0"}, *[{}] * 58).table
+    assert table == "       node[1-41,43-100]  node42\ntorch  2.13.0             2.11.0"

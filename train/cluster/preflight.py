@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from train.cluster.nodes import fold
+
 _SAME = (
     "interpreter", "python", "torch", "CUDA", "NCCL", "deepspeed", "transformers", "accelerate", "trl", "numpy",
     "sentencepiece", "flash-attn", "apex", "engine",
@@ -19,6 +21,7 @@ _TOLD = ("cores", "open files", "locked memory")  # may differ: worth a line, no
 _CLOCK_S = 30.0
 _LEAST_FREE_MIB = 64
 _FEW_FILES = 4096
+_MOST_COLUMNS = 8
 
 
 @dataclass(frozen=True)
@@ -111,8 +114,14 @@ def _shown(value: Any) -> str:
 def _table(nodes: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
     if not rows:
         return ""
-    lines = [["", *nodes], *([name, *values] for name, values in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(nodes) + 1)]
+    columns = [[node, *(values[number] for _, values in rows)] for number, node in enumerate(nodes)]
+    if len(columns) > _MOST_COLUMNS:  # a hundred nodes, of which one differs: those that are alike share a column
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for node, *values in columns:
+            alike.setdefault(tuple(values), []).append(node)
+        columns = [[fold(members), *values] for values, members in alike.items()]
+    lines = list(zip(["", *(name for name, _ in rows)], *columns, strict=True))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
