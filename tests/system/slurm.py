@@ -20,7 +20,7 @@ from types import TracebackType
 from hosts import Hosts, wait_until  # type: ignore[import-not-found]
 
 GRACE_S = 10  # from a pre-emption's SIGTERM to the end
-KILL_WAIT_S = 5  # from SIGTERM at a job's limit to SIGKILL
+KILL_WAIT_S = 20  # from SIGTERM at a job's limit to SIGKILL; 30 s where nobody says otherwise
 GPU_FILES = ("/run/slurm/gpu0", "/run/slurm/gpu1")  # what Slurm takes for GPUs
 _CONFIGURATION = """\
 ClusterName=test

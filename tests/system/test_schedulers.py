@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -122,18 +123,18 @@ def test_the_seeds_commands_as_written_in_a_slurm_job(slurm: Slurm, hosts: Hosts
     step2 = "dataset-book_wikija_tokenizer-sentencepiece_model-gpt_1.3B/"
     step2 += "zero-0_dp-16_pp-1_tp-1_precision-fp32_flashattn2-on.sh"
     job = tmp_path / "job.sh"
-    exports = "".join(f"export {name}={value}\n" for name, value in runs.ENVIRONMENT.items())
+    exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in runs.ENVIRONMENT.items())
     job.write_text(
         f"""#!/bin/bash
 set -euo pipefail
-{exports}cd {scripts}/step2_pretrain_model
+{exports}cd {shlex.quote(str(scripts))}/step2_pretrain_model
 TRAIN_RECIPE={tmp_path}/step2.yaml bash ./{_SEEDS}/{step2} \\
     --input_tokenizer_file {corpus}/tok.model \\
     --output_model_dir {tmp_path}/step2/ \\
     --save_interval 1000 \\
     --wandb_entity team \\
     --wandb_project project
-cd {scripts}/step4_finetune_model
+cd {shlex.quote(str(scripts))}/step4_finetune_model
 TRAIN_RECIPE={tmp_path}/step4.yaml bash ./{_SEEDS}/dataset-openassistant/launcher-deepspeed_zero-3.sh \\
     --input_model_name_or_path {model} \\
     --input_max_seq_length 64 \\

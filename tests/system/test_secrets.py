@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import uuid
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ import runs  # type: ignore[import-not-found]
 from hosts import Hosts, wait_until  # type: ignore[import-not-found]
 from slurm import Slurm  # type: ignore[import-not-found]
 
-PLANTED = "hf_" + "plantedsecret" * 2
-IN_FILE = "wandb" + "plantedsecret" * 2
+_WORD = uuid.uuid4().hex  # made anew, so that it stands in no source or bytecode
+PLANTED = f"hf_{_WORD}"
+IN_FILE = f"wandb{_WORD}"
 _LONG: dict[str, object] = {"train_tokens": "100M", "save_interval": 1_000_000, "lr_decay_tokens": "100M"}
 
 
@@ -27,15 +29,14 @@ def secrets_file(tmp_path: Path) -> Path:
 def look_everywhere(hosts: Hosts, tmp_path: Path, secrets_file: Path) -> list[str]:
     """Where a secret can be read: files of the run and of the clusters, the hosts' own disks, command lines."""
     found = []
-    pattern = "plantedsecretplantedsecret"
     shared = subprocess.run(
-        ["grep", "-rlaF", pattern, str(tmp_path), str(hosts.folder)], capture_output=True, text=True, check=False
+        ["grep", "-rlaF", _WORD, str(tmp_path), str(hosts.folder)], capture_output=True, text=True, check=False
     )
     found += [line for line in shared.stdout.splitlines() if line != str(secrets_file)]
     for name in hosts.names:
-        own = hosts.run(name, ["grep", "-rlaFs", pattern, "/run", "/dev/shm", "/tmp", f"--exclude={secrets_file.name}"])
+        own = hosts.run(name, ["grep", "-rlaFs", _WORD, "/run", "/dev/shm", "/tmp", f"--exclude={secrets_file.name}"])
         found += [f"{name}: {line}" for line in own.stdout.splitlines()]
-        found += [f"{name}: {item.argv}" for item in hosts.processes(name) if pattern in " ".join(item.argv)]
+        found += [f"{name}: {item.argv}" for item in hosts.processes(name) if _WORD in " ".join(item.argv)]
     return found
 
 
@@ -58,7 +59,7 @@ def test_over_ssh(hosts: Hosts, corpus: Path, tmp_path: Path, secrets_file: Path
     assert look_everywhere(hosts, tmp_path, secrets_file) == []
     running.terminate()
     code, said = runs.finish(running)
-    assert code == 130 and "plantedsecret" not in said
+    assert code == 130 and _WORD not in said
     assert look_everywhere(hosts, tmp_path, secrets_file) == []
 
 
@@ -66,7 +67,7 @@ def test_in_a_slurm_job(slurm: Slurm, hosts: Hosts, corpus: Path, tmp_path: Path
     words = {"submit": "slurm", "job_nodes": 2, "secrets_file": secrets_file}
     command = runs.pretrain(corpus, tmp_path / "out", **words, **_LONG)
     done = slurm.run(*command, env={**runs.ENVIRONMENT, "HF_TOKEN": PLANTED})
-    assert "plantedsecret" not in done.stdout + done.stderr
+    assert _WORD not in done.stdout + done.stderr
     wait_until(lambda: len(runs.losses(tmp_path / "out")) > 2, "the job to train", 120)
     environments = ranks_environments(hosts)
     assert len(environments) == 2 and all(IN_FILE in text for text in environments)
