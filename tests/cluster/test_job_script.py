@@ -225,3 +225,23 @@ def test_a_signal_to_the_job_leaves_the_launcher_time_and_its_own_exit_code_coun
     text, _ = child.communicate(timeout=60)
     assert child.returncode == 130 and "saving" in text
     assert body.files.exit_record.read_text() == "7 130\n"
+
+
+@pytest.mark.parametrize(
+    ("preempted", "requeues"), [("PreemptTime=2026-01-02T03:04:05", True), ("PreemptTime=None", False)]
+)
+def test_a_job_that_was_preempted_goes_back_into_the_queue(tmp_path, preempted, requeues):
+    """However much scontrol says after that word, and in how many pieces: a job of many nodes has a long list."""
+    (tmp_path / "bin").mkdir()
+    fakes = {
+        "scontrol": f'echo "$*" >>{tmp_path}/calls\n[[ "$1" == show ]] || exit 0\n'
+        f'for _ in 1 2 3; do echo "   {preempted}"; printf "%04096d\\n" 0; sleep 0.1; done\n',
+        "sleep": "exec /bin/sleep 0.1\n",
+    }
+    for name, body in fakes.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}")
+        (tmp_path / "bin" / name).chmod(0o755)
+    body = Body(tmp_path, "exit 130\n", environment={"PATH": f"{tmp_path}/bin:/usr/bin:/bin"})
+    code, text = body.run(SLURM_JOB_ID="7")
+    assert code == 130 and ("was pre-empted: back into the queue" in text) == requeues, text
+    assert (tmp_path / "calls").read_text().splitlines() == ["show job 7", *["requeue 7"] * requeues]
