@@ -67,6 +67,21 @@ def test_the_adapters_own_tokenizer_is_taken(base_model: Path, adapter: Path) ->
     assert tokenizer.chat_template == "{{ messages[0]['content'] }}"
 
 
+def test_the_adapters_own_end_tokens_end_its_answers(base_model: Path, adapter: Path) -> None:
+    from train.finetune.generate import GenerateSettings, answers
+
+    settings = GenerateSettings(str(base_model), adapter=str(adapter), max_new_tokens=9, device="cpu", raw=True)
+    (free,) = answers(settings, ["the cat"])
+    assert free.tokens == 9
+    loaded = models.load(models.find(str(adapter)), device="cpu")
+    ids = loaded[1]("the cat")["input_ids"]
+    with torch.no_grad():
+        first = int(loaded[0](torch.tensor([ids])).logits[0, -1].argmax())
+    (adapter / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, first]}))
+    (said,) = answers(settings, ["the cat"])
+    assert (said.tokens, said.ended) == (1, True)
+
+
 @pytest.mark.parametrize(("precision", "dtype"), [("stored", "float32"), ("bf16", "bfloat16"), ("fp32", "float32")])
 def test_precision(base_model: Path, adapter: Path, precision: str, dtype: str) -> None:
     model, _ = models.load(models.find(str(adapter)), device="cpu", precision=precision)

@@ -72,7 +72,8 @@ def decode(
         fill = pad_id if pad_id is not None else next(iter(ends), 0)
         input_ids = torch.tensor([[fill] * (longest - len(row)) + row for row in rows], device=model.device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
-        set_seed(drawing.seed)
+        if drawing.temperature > 0:  # else nothing is drawn, and a training that asks its model keeps its own numbers
+            set_seed(drawing.seed)
         with torch.no_grad():
             output = model.generate(
                 input_ids=input_ids,

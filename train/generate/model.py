@@ -79,6 +79,7 @@ def load(sources: Sources, *, device: str = "auto", precision: str = "stored") -
         VerificationError: weights are missing, left over, empty, or of another shape.
     """
     import torch
+    from transformers import GenerationConfig
 
     from train.checkpoint import verify
 
@@ -88,6 +89,8 @@ def load(sources: Sources, *, device: str = "auto", precision: str = "stored") -
         if sources.tokenizer != sources.base:
             tokenizer = inputs.load_tokenizer(sources.adapter)
         model = _with_adapter(model, sources.adapter, rows=len(tokenizer))
+        if (sources.adapter / "generation_config.json").is_file():  # it may name more end tokens than the base's
+            model.generation_config = GenerationConfig.from_pretrained(sources.adapter)
     if (dtype := PRECISIONS[precision]) is not None:
         model.to(getattr(torch, dtype))
     return model.to(target).eval(), tokenizer
