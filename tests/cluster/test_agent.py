@@ -136,6 +136,20 @@ def test_signals_reach_the_ranks_which_may_save_and_end(cluster, number, status)
     assert end.printed.count(f"saved {int(number)}") == 2
 
 
+def test_an_agent_that_is_hung_up_lets_all_ranks_save(cluster):
+    begin(
+        cluster,
+        "import signal, sys, time\n"
+        "def end(number, frame): print('saved', number, flush=True); sys.exit(130)\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        "print('up ', flush=True); time.sleep(100)",
+    )
+    cluster.agent("node2").send_signal(signal.SIGHUP)
+    end = cluster.end()
+    assert (end.exit_status, end.text) == (143, "")
+    assert end.printed.count(f"saved {int(signal.SIGTERM)}") == 2
+
+
 def test_ranks_that_end_well_when_asked_make_a_good_end(cluster):
     begin(
         cluster,

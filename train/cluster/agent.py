@@ -109,7 +109,10 @@ class _Agent:
             self._told = now
             self._channel.send({"kind": "alive"})
         while self._signals:
-            self._channel.send({"kind": "asked", "number": self._signals.pop(0)})
+            number = self._signals.pop(0)
+            # a session that ends on a node asks like a scheduler does; ranks know SIGTERM, and save
+            number = signal.SIGTERM if number == signal.SIGHUP else number
+            self._channel.send({"kind": "asked", "number": number})
         if self._ranks is not None:
             for failure in self._ranks.new_failures():
                 self._channel.send({"kind": "failed", **failure})
