@@ -108,6 +108,17 @@ def test_a_failed_command_is_not_hidden_by_an_earlier_success(tmp_path: Path) ->
         outcome.check(file, 1, log=tmp_path / "log")
 
 
+@pytest.mark.parametrize("told", [None, (0, ()), (EXIT_INTERRUPTED, ("interrupted",))])
+def test_what_only_the_launcher_knows_is_kept_for_whoever_asks_later(tmp_path: Path, told) -> None:
+    file, log = tmp_path / "outcome.json", tmp_path / "log"
+    if told is not None:
+        outcome.write(file, *told)
+    with pytest.raises(UserError):
+        outcome.check(file, 137, log=log, cause="rank 1 on node2 was killed by SIGKILL.")
+    text = f"rank 1 on node2 was killed by SIGKILL.\nAll of the output: {log}."
+    assert outcome.read(file) == outcome.Outcome(137, (text,))
+
+
 _LEAVES = """
 import sys
 from pathlib import Path

@@ -115,6 +115,8 @@ def _leave_process_group() -> None:
 def check(path: Path, exit_status: int, *, log: Path, cause: str = "") -> None:
     """Returns when a run went well; otherwise says why it did not, with the true exit code.
 
+    What the ranks could not tell themselves is kept in their place, for `status.sh` to read.
+
     Args:
         path: the ranks' report. Remove an old one before the run starts.
         exit_status: what the launching command returned.
@@ -130,17 +132,28 @@ def check(path: Path, exit_status: int, *, log: Path, cause: str = "") -> None:
     stopped = outcome is not None and outcome.exit_code == EXIT_INTERRUPTED and outcome.saved_step is None
     if outcome is not None and outcome.exit_code != EXIT_OK and not stopped:
         raise UserError(outcome.problems, exit_code=outcome.exit_code)
+    error = _error(exit_status, log, cause, is_told=outcome is not None and not stopped)
+    if error is not None:
+        with contextlib.suppress(OSError):  # a full disk has no room for it
+            path.unlink(missing_ok=True)
+            write(path, error.exit_code, error.problems)
+        raise error
+
+
+def _error(exit_status: int, log: Path, cause: str, *, is_told: bool) -> UserError | None:
+    """What went wrong that no rank has told; `is_told` when the first rank told that all went well."""
     if exit_status in _SIGNALS_OF_THE_USER:
-        raise UserError(_INTERRUPTED, exit_code=EXIT_INTERRUPTED)
+        return UserError(_INTERRUPTED, exit_code=EXIT_INTERRUPTED)
     folder = log.parent
     if exit_status != EXIT_OK and folder.is_dir() and shutil.disk_usage(folder).free < _FULL_BYTES:  # none for a report
-        raise UserError(f"{folder}: no space left: free some, and the same command goes on from the last checkpoint.")
+        return UserError(f"{folder}: no space left: free some, and the same command goes on from the last checkpoint.")
     if exit_status != EXIT_OK and cause:
-        raise UserError(f"{cause}\nAll of the output: {log}.", exit_code=exit_status)
+        return UserError(f"{cause}\nAll of the output: {log}.", exit_code=exit_status)
     if exit_status != EXIT_OK:
-        raise UserError(
+        return UserError(
             f"training broke off with status {exit_status}: the traceback is above, and in {log}.",
             exit_code=EXIT_FAILURE,
         )
-    if outcome is None or stopped:
-        raise UserError(f"training ended without saying how: see {log}.", exit_code=EXIT_FAILURE)
+    if not is_told:
+        return UserError(f"training ended without saying how: see {log}.", exit_code=EXIT_FAILURE)
+    return None

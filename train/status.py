@@ -132,7 +132,7 @@ def describe(facts: RunFacts, jobs: list[Job]) -> list[str]:
         lines.append("  warning: nothing was reported for much longer than usual: it may hang")
     if state != "running" and facts.exit_code not in (None, EXIT_OK):
         lines.append(f"  ended with exit code {facts.exit_code}:")
-        lines += [f"    {problem}" for problem in facts.problems]
+        lines += [f"    {line}" for problem in facts.problems for line in problem.splitlines()]
     log = _log_of_interest(jobs)
     if log is not None:
         lines.append(f"  log: {log}")

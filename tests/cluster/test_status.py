@@ -118,14 +118,14 @@ def test_without_a_scheduler_the_lock_tells_that_it_runs(tmp_path, capsys):
 
 def test_how_it_ended_and_why(tmp_path, capsys, scheduler):
     run = pretraining(tmp_path)
-    outcome.write(run.outcome, 4, ["the loss became NaN at step 51."])
+    outcome.write(run.outcome, 4, ["the loss became NaN at step 51.\nLower --lr."])
     submitted(JobFolder.of_pretraining(tmp_path, "gpt"), "7", "8", ended="7 4\n")
     scheduler["7"] = JobState(queue.ENDED, "FAILED")
     scheduler["8"] = JobState(queue.QUEUED, "DependencyNeverSatisfied")
     text = told(capsys, tmp_path)
     assert "gpt: queued" in text
     assert "job 7: ended (FAILED), exit code 4" in text and "job 8: queued (DependencyNeverSatisfied)\n" in text
-    assert "ended with exit code 4:\n    the loss became NaN at step 51." in text
+    assert "ended with exit code 4:\n    the loss became NaN at step 51.\n    Lower --lr.\n" in text
 
 
 def test_a_job_that_ended_before_its_ranks_began_shows_its_log(tmp_path, capsys, scheduler):
