@@ -232,3 +232,12 @@ def test_what_the_harness_says() -> None:
 def test_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("--model_name_or_path", "m", "--base_model", "b", "--text_files", "x", "--dry_run") == 0
     assert "would measure m and b:\n  perplexity: x\n" in capsys.readouterr().out
+
+
+def test_what_tables_show_of_the_harness() -> None:
+    numbers = {"arc, acc": 0.5, "arc, f1": None, "precision": "float32"}
+    taken = {"lm-evaluation-harness: arc": {"measure": "lm-evaluation-harness", "model": numbers}}
+    assert list(record.rows(taken)) == [
+        ("lm-evaluation-harness: arc", "arc, acc", "", "0.5000"),
+        ("lm-evaluation-harness: arc", "arc, f1", "", "not finite"),
+    ]

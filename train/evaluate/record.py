@@ -81,7 +81,7 @@ def rows(measured: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, 
     for title, item in measured.items():
         model, base = item.get("model") or {}, item.get("base") or {}
         for name, value in model.items():
-            if name in _COUNTS or not _is_shown(name, item):
+            if name in _COUNTS or isinstance(value, str) or not _is_shown(name, item):
                 continue
             yield title, _SHOWN.get(name, name), shown(base[name]) if name in base else "", shown(value)
 
