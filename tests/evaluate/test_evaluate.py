@@ -241,3 +241,25 @@ def test_what_tables_show_of_the_harness() -> None:
         ("lm-evaluation-harness: arc", "arc, acc", "", "0.5000"),
         ("lm-evaluation-harness: arc", "arc, f1", "", "not finite"),
     ]
+
+
+def test_an_adapter_is_measured_against_its_base(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    adapter = tmp_path / "adapter"
+    wanted = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    live = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), wanted)
+    for name, weight in live.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight)
+    live.save_pretrained(adapter)
+    (adapter / "manifest.json").write_bytes((model_folder / "manifest.json").read_bytes())
+    argv = ["--model_name_or_path", adapter, "--base_model", model_folder, "--text_files", text_file, "--device", "cpu"]
+    assert call(*argv) == 0
+    measured = record.of_model(adapter)["perplexity: held out.jsonl"]
+    assert measured["base_name"] == "tiny"
+    assert measured["model"]["bits_per_byte"] != measured["base"]["bits_per_byte"]
+    assert call("--model_name_or_path", model_folder, "--text_files", text_file, "--device", "cpu") == 0
+    alone = record.of_model(model_folder)["perplexity: held out.jsonl"]["model"]
+    assert alone["bits_per_byte"] == measured["base"]["bits_per_byte"]

@@ -112,6 +112,10 @@ def test_what_the_model_is_asked() -> None:
     assert question.prompt(knows_input, raw).turns() == [
         {"role": "user", "content": "Who {context}?", "input": "It was {question}."}
     ]
+    turns = tuple({"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "c")))
+    talk = Question("1", "c", ("x",), messages=turns)
+    assert talk.prompt("{{ messages }}", raw).turns() == list(turns)
+    assert talk.prompt(None, raw).turns() == [{"role": "user", "content": "a\nb\nc"}]
     bare = Question("1", "Who?", ("x",))
     assert bare.prompt(None, raw).text == bare.prompt("{{ messages }}", raw).text == "Who?"
 

@@ -100,3 +100,25 @@ def test_a_question_that_is_too_long_is_said_and_not_kept(loaded: Any, asked: li
     chat(model, tokenizer, decode.Drawing(max_new_tokens=4), ends=[2], read=typed(["cat " * 200, "dog"]), stream=out)
     assert "too long for the model's 128 positions" in out.getvalue()
     assert asked == [masks.prompt_ids(tokenizer, [{"role": "user", "content": "dog"}])]
+
+
+def test_the_launcher_talks_over_a_pipe(base_model: Path, tmp_path: Path) -> None:
+    """As `echo ... | generate.sh --chat`; the end of the input ends it."""
+    import shutil
+    import subprocess
+    import sys
+
+    folder = tmp_path / "chat"
+    shutil.copytree(base_model, folder)
+    (folder / "chat_template.jinja").write_text(chat_template.build("### Human:", "### Assistant:"))
+    script = Path(__file__).parents[2] / "scripts" / "step4_finetune_model" / "generate.py"
+    argv = [sys.executable, str(script), "--model_name_or_path", str(folder), "--chat", "--max_new_tokens", "5"]
+    done = subprocess.run(
+        [*argv, "--device", "cpu"], input="the cat\n/new\n", capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    model, tokenizer = verify.load(folder)
+    ids = masks.prompt_ids(tokenizer, [{"role": "user", "content": "the cat"}])
+    (said,) = decode.decode(model, [ids], decode.Drawing(max_new_tokens=5), ends=[2], pad_id=3)
+    answer = tokenizer.decode(said, skip_special_tokens=True).strip()
+    assert done.stdout.endswith(f"> {answer}\n> (forgotten)\n> ")

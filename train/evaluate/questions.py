@@ -65,7 +65,8 @@ class Question:
             raw_template: for a model without a chat template, with `{context}`, `{question}` and `{title}`.
         """
         if self.messages:
-            return Prompt(self.text, self.messages)
+            plain = "\n".join(one["content"] for one in self.messages)  # a model that was never taught turns
+            return Prompt(self.text, self.messages) if chat_template else Prompt(plain)
         if not chat_template:
             if raw_template is None or not self.context:
                 return Prompt("\n\n".join(filter(None, (self.context, self.text))))
