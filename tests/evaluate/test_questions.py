@@ -140,3 +140,18 @@ def test_squads_scores_by_hand() -> None:
     assert [one["exact_match"] for one in each] == [0, 100, 100, 0, 0]
     assert [one["f1"] for one in each] == pytest.approx([80, 100, 100, 0, 0])
     assert whole == {"exact_match": pytest.approx(40), "f1": pytest.approx(56)}
+
+
+def test_a_context_stands_where_finetuning_put_it(bytes_: Any) -> None:
+    """The ids of the prompt are those of the prompt template, filled in by hand."""
+    from train.finetune.generate import prompt_ids
+    from train.finetune.prompt_template import PromptTemplate, find
+
+    question = Question("1", "Who?", ("x",), "It was Rome.")
+    template = PromptTemplate.parse(*find("squad")).chat_template()
+    bytes_.chat_template = template
+    try:
+        given = prompt_ids(bytes_, question.prompt(template, None), raw=False)
+    finally:
+        bytes_.chat_template = None
+    assert bytes_.decode(given) == "It was Rome.\n\nQ: Who?\nA:"
