@@ -29,6 +29,14 @@ from train import process
 MARK = "TRAIN_TEST_CLUSTER"
 PATIENCE_S = 40
 _ONE_AT_A_TIME = threading.Lock()
+_AGENT = """\
+import sys
+import train.cluster.agent
+from train.cluster import facts
+facts._boot = lambda: None  # one machine plays all nodes, which preflight would refuse
+sys.stdout.reconfigure(line_buffering=True)
+raise SystemExit(train.cluster.agent.main())
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +172,7 @@ def _transport(spec: dict[str, Any]) -> int:
     """Starts the agents and waits for them; its status is that of the first one that failed."""
     running = [
         subprocess.Popen(
-            [sys.executable, "-m", "train.cluster.agent", "--launch_dir", spec["launch_dir"], "--node", agent["node"]],
+            [sys.executable, "-c", _AGENT, "--launch_dir", spec["launch_dir"], "--node", agent["node"]],
             env={name: value for name, value in os.environ.items() if name != process.MARK} | agent.get("env", {}),
             start_new_session=True,
             stdout=subprocess.PIPE,
