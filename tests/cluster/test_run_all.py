@@ -155,7 +155,7 @@ def test_inputs_are_looked_for_before_anything_starts(folder, calls):
 def test_here_they_run_in_a_row_and_stop_at_the_first_failure(folder, monkeypatch):
     ran = []
 
-    def run(command):
+    def run(command, **_):
         ran.append(Path(command.argv[1]).name)
         return 3 if "convert" in command.argv[1] else 0
 
