@@ -47,6 +47,7 @@ DRY_RUNS = {
     "upload_tokenizer_and_finetuned_model_to_huggingface_hub.py": [
         "--input_tokenizer_and_model_dir", "no", "--output_model_name", "n"],
     "finetune.py": ["--model_name_or_path", "no", "--data_files", "no.jsonl", "--output_dir", "{out}"],
+    "merge_adapter.py": ["--adapter", "no", "--output_dir", "{out}"],
     "generate.py": ["--model_name_or_path", "no", "--prompt", "x"],
     "evaluate.py": ["--model_name_or_path", "no", "--text_files", "no.jsonl"],
     "inspect_data.py": None,

@@ -235,7 +235,7 @@ def _find_inputs(settings: FinetuneSettings, folder: FinetuneFolder) -> _Inputs:
             problems.extend(error.problems)
             return None
 
-    model_dir = attempt(inputs.find_model, settings.model_name_or_path, flag="--model_name_or_path")
+    model_dir = attempt(_find_base, settings.model_name_or_path)
     tokenizer_dir = model_dir
     if settings.tokenizer_name_or_path is not None:
         name, flag = settings.tokenizer_name_or_path, "--tokenizer_name_or_path"
@@ -252,6 +252,15 @@ def _find_inputs(settings: FinetuneSettings, folder: FinetuneFolder) -> _Inputs:
     refuse(problems)
     is_on_hub = not Path(settings.model_name_or_path).is_dir()
     return _Inputs(model_dir, tokenizer_dir, sources, eval_files, settings.deepspeed, is_on_hub)
+
+
+def _find_base(name: str) -> Path:
+    if (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").is_file():
+        raise UserError(
+            f"--model_name_or_path {name} is an adapter, a whole model was expected: merge it first, with "
+            "scripts/step4_finetune_model/merge_adapter.sh."
+        )
+    return inputs.find_model(name, flag="--model_name_or_path")
 
 
 def _deepspeed_problems(file: Path) -> Iterator[str]:

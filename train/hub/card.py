@@ -34,6 +34,8 @@ _SIZES = {
     "num_key_value_heads": "key-value heads",
     "max_position_embeddings": "longest sequence (tokens)",
     "vocab_size": "vocabulary",
+    "r": "LoRA rank",
+    "lora_alpha": "LoRA alpha",
 }
 # GPT-2's config.json has names of its own for the same sizes.
 _GPT2_NAMES = {"n_embd": "hidden_size", "n_inner": "intermediate_size", "n_layer": "num_hidden_layers"}
@@ -57,14 +59,14 @@ def model_card(folder: Path, *, repository: str, license: str = "", base_model: 
             says that it came from the Hub.
 
     Raises:
-        UserError: config.json or the verification's record is missing or damaged.
+        UserError: config.json, of an adapter adapter_config.json, or the verification's record is missing or damaged.
     """
     records = _records(folder)
     config = _config(folder)
     record = verification.read(folder) or {}
     base_model = base_model or _base_model(records)
     parts = [
-        _header(license, base_model),
+        _header(license, base_model, library="transformers" if "peft_type" not in config else "peft"),
         f"# {repository.rpartition('/')[2]}",
         _opening(config, record, base_model),
         _section("Model", _table(("", ""), _size_rows(config, record))),
@@ -92,10 +94,13 @@ def _records(folder: Path) -> list[dict[str, Any]]:
 
 
 def _config(folder: Path) -> dict[str, Any]:
+    """The model's configuration; of an adapter its own, as the base's is with the base."""
+    adapter, file = folder / "adapter_config.json", folder / "config.json"
+    file = adapter if adapter.is_file() and not file.is_file() else file
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be read ({error}): make the folder again.") from None
+        raise UserError(f"{file} cannot be read ({error}): make the folder again.") from None
     return config if isinstance(config, dict) else {}
 
 
@@ -107,11 +112,11 @@ def _base_model(records: Iterable[Mapping[str, Any]]) -> str:
     return ""
 
 
-def _header(license: str, base_model: str) -> str:
+def _header(license: str, base_model: str, *, library: str) -> str:
     from huggingface_hub import ModelCardData
 
     data = ModelCardData(
-        library_name="transformers",
+        library_name=library,
         pipeline_tag="text-generation",
         license=license or None,
         base_model=base_model or None,
@@ -123,6 +128,8 @@ def _opening(config: Mapping[str, Any], record: Mapping[str, Any], base_model: s
     parameters = (record.get("weights") or {}).get("parameters")
     size = f" of {parameters:,} parameters" if isinstance(parameters, int) else ""
     origin = f", finetuned from [{base_model}](https://huggingface.co/{base_model})" if base_model else ""
+    if "peft_type" in config:
+        return f"A LoRA adapter{size}{origin}. It is loaded onto its base model, and wants the package peft."
     return f"A {config.get('model_type', 'language')} model{size}{origin}."
 
 

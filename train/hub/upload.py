@@ -6,9 +6,12 @@ the model's own files go up, in one commit; blobs that an interrupted upload had
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +26,7 @@ from train.hub import card
 from train.settings import setting
 
 CARD = "README.md"
+_ADAPTER_CONFIG = "adapter_config.json"
 PREPARE_STEP = "prepare_upload"
 _NAME = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9_][\w.-]{0,95}")
 
@@ -85,20 +89,22 @@ def upload(settings: UploadSettings) -> int:
     _require_whole(folder)
     text = _card(settings, settings.output_model_name)
     if settings.output_dir is not None:
-        return _prepare(settings, settings.output_dir, text)
+        with _files(settings) as files:
+            return _prepare(settings, settings.output_dir, files, text)
     from train.hub import repository
 
     target = repository.sign_in(settings.output_model_name)
     _let_speak(settings)
     visibility = "private" if settings.is_private else "public"
-    url = repository.publish(
-        target,
-        files=verification.model_files(folder),
-        card=_card(settings, target),
-        is_private=settings.is_private,
-        revision=settings.revision,
-        commit_message=settings.commit_message,
-    )
+    with _files(settings) as files:
+        url = repository.publish(
+            target,
+            files=files,
+            card=_card(settings, target),
+            is_private=settings.is_private,
+            revision=settings.revision,
+            commit_message=settings.commit_message,
+        )
     print(f"uploaded {folder} to {url} ({visibility}, branch {settings.revision})")
     return 0
 
@@ -122,11 +128,40 @@ def _card(settings: UploadSettings, name: str) -> str:
 
 def _require_whole(folder: Path) -> None:
     names = {path.name for path in verification.model_files(folder)}
-    missing = [name for name in ("config.json", "tokenizer_config.json") if name not in names]
+    is_adapter = _ADAPTER_CONFIG in names  # its base has the rest
+    needed = ("adapter_model.safetensors" if is_adapter else "config.json", "tokenizer_config.json")
+    missing = [name for name in needed if name not in names]
     if not any(name.endswith(".safetensors") for name in names):
         missing.append("model.safetensors")
     if missing:
         raise UserError(f"{folder} lacks {', '.join(missing)}: it is not a whole model; make it again.")
+
+
+@contextlib.contextmanager
+def _files(settings: UploadSettings) -> Iterator[tuple[Path, ...]]:
+    """The files that go up. An adapter's configuration names its base: by --base_model, where that is given.
+
+    Raises:
+        UserError: an adapter names a folder of this machine, where nobody else finds it.
+    """
+    files = verification.model_files(settings.input_tokenizer_and_model_dir)
+    config = settings.input_tokenizer_and_model_dir / _ADAPTER_CONFIG
+    if not config.is_file():
+        yield files
+        return
+    named = json.loads(config.read_text(encoding="utf-8"))
+    base = settings.base_model or named.get("base_model_name_or_path") or ""
+    if not base or Path(base).is_absolute():
+        merged = settings.input_tokenizer_and_model_dir / "merged"
+        raise UserError(
+            f"the adapter's base is {base or 'not named'}, which nobody finds on the Hub: pass --base_model with the "
+            f"base's name there, or upload the merged model{f', {merged}' if merged.is_dir() else ''}."
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        renamed = Path(scratch) / _ADAPTER_CONFIG
+        text = json.dumps(named | {"base_model_name_or_path": base}, indent=2) + "\n"
+        renamed.write_text(text, encoding="utf-8")
+        yield tuple(renamed if file.name == _ADAPTER_CONFIG else file for file in files)
 
 
 def _let_speak(settings: UploadSettings) -> None:
@@ -136,14 +171,13 @@ def _let_speak(settings: UploadSettings) -> None:
     print(f"prompt: {settings.test_prompt_text}\nanswer: {said}")
 
 
-def _prepare(settings: UploadSettings, output_dir: Path, text: str) -> int:
+def _prepare(settings: UploadSettings, output_dir: Path, files: tuple[Path, ...], text: str) -> int:
     """Writes the files that would go up, whole or not at all; a folder that holds just them is left as it is.
 
     Its manifest stands beside it, as NAME.manifest.json: inside, it would be uploaded with the rest.
     """
     started = time.time()
     record = output_dir.with_name(output_dir.name + ".manifest.json")
-    files = verification.model_files(settings.input_tokenizer_and_model_dir)
     is_there = _holds(output_dir, files, text)
     if is_there and record.is_file():
         print(f"{output_dir} holds these files already: nothing to do.")
@@ -155,7 +189,7 @@ def _prepare(settings: UploadSettings, output_dir: Path, text: str) -> int:
         record,
         step=PREPARE_STEP,
         settings=settings_module.to_plain(settings),
-        inputs=files,
+        inputs=verification.model_files(settings.input_tokenizer_and_model_dir),
         results={"files": len(written), "bytes": sum(path.stat().st_size for path in written)},
         started=started,
     )
@@ -200,5 +234,5 @@ def _print_plan(settings: UploadSettings) -> None:
         print("verified; the files have the sizes they had then")
     except UserError as error:
         print("would be refused: " + " ".join(error.problems))
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").is_file() or (folder / _ADAPTER_CONFIG).is_file():
         print(f"{CARD}:\n{_card(settings, settings.output_model_name)}")
