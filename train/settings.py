@@ -130,6 +130,8 @@ def parse(
     given: dict[str, Any] = {}
     if recipe_dir is not None and flags.recipe is not None:
         given = read_yaml(find_recipe(flags.recipe, recipe_dir))
+        translate = getattr(cls, "from_recipe", None)  # a class that reads other people's recipes too
+        given = translate(given, where=flags.recipe) if translate else given
         refuse([*_unknown_keys(cls, given, where=flags.recipe), *_call_keys(cls, given, where=flags.recipe)])
     for name, leaf in leaves.items():
         value = getattr(flags, name)

@@ -6,12 +6,14 @@ scripts/step4_finetune_model/finetune.sh --recipe openassistant_zero3 --model_na
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from train.cluster.settings import ClusterSettings, SubmitSettings
-from train.finetune import data_settings, methods
+from train.finetune import data_settings, methods, seed_recipes
 from train.finetune.record_formats import AUTO, FORMATS
 from train.settings import section, setting
 
@@ -212,6 +214,17 @@ class FinetuneSettings:
                 yield f"--{name} is blank: name the text that stands before each turn, such as '### Human:'."
         if self.instruction_template.strip() == self.response_template.strip():
             yield "--instruction_template and --response_template are the same: questions and answers must differ."
+
+    @classmethod
+    def from_recipe(cls, given: dict[str, Any], *, where: str) -> dict[str, Any]:
+        """A recipe as it was read, in our settings: those of the seeds have sections."""
+        if not seed_recipes.is_sectioned(given):
+            return given
+        names = [field.name for field in dataclasses.fields(cls) if not field.metadata.get("flag_only")]
+        flat, notes = seed_recipes.translate(given, fields=names, where=where)
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+        return flat
 
     @property
     def evaluates(self) -> bool:
