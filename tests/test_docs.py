@@ -24,6 +24,7 @@ CHAINS = [
         "docs/step2_pretrain_model.md",
         "docs/step3_upload_pretrained_model.md",
         "docs/step4_finetune_model.md",
+        "docs/finetuning_data.md",
         "docs/evaluate.md",
         "docs/report.md",
         "docs/step5_upload_finetuned_model.md",

@@ -112,8 +112,9 @@ def test_without_weights_all_is_taken_in_order(tokenizer: Any, data: tuple[Path,
 def test_a_part_is_held_out(
     tokenizer: Any, data: tuple[Path, Path], tmp_path: Path, size: float, expected: int
 ) -> None:
-    _, held_out, texts, others = _prepared(tokenizer, _settings(data, eval_size=size), tmp_path)
+    account, held_out, texts, others = _prepared(tokenizer, _settings(data, eval_size=size, show_examples=40), tmp_path)
     assert held_out.examples == len(others) == expected
+    assert [tokenizer.decode(list(example.input_ids)).split(": ")[-1] for example in account.shown] == texts
     assert sorted([*texts, *others]) == sorted(
         [f"few {n}</s>" for n in range(10)] + [f"many {n}</s>" for n in range(30)]
     )

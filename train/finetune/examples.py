@@ -59,6 +59,7 @@ def prepare_all(
     eval_account = None
     if held_out:
         mixture.copy_rows(to, held_out, eval_to)
+        account.shown = [example for row, example in enumerate(account.shown) if row not in held_out]
         eval_account = Account()
         eval_account.take(parts, held_out)
     if held_out or settings.data_weights:
