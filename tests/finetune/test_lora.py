@@ -55,7 +55,7 @@ def trained(sharp_model: Path, question_records: str, tmp_path_factory: pytest.T
         "max_steps": 200,
         "learning_rate": 1e-2,
         "per_device_train_batch_size": 12,
-        "logging_steps": 50,
+        "logging_steps": 60,
         "use_peft": True,
         "peft_lora_r": 16,
         "peft_lora_dropout": 0,
@@ -90,6 +90,7 @@ def test_an_adapter_and_its_merge_answer_what_was_learnt(trained: Path, sharp_mo
         assert (folder / "tokenizer.json").read_bytes() == (sharp_model / "tokenizer.json").read_bytes()
         assert (folder / "chat_template.jinja").is_file() and (folder / "generation_config.json").is_file()
         results = json.loads((folder / "manifest.json").read_text())["results"]
+        assert results["steps"] == 200  # of which the 180th was the last to be told
         assert results["method"] == "lora" and results["last_loss"] < 0.2 < 5 < results["first_loss"]
     assert not (trained / "config.json").exists()  # with one, transformers would look for whole weights
 

@@ -443,7 +443,7 @@ def _results(
         },
         "parameters": checks["weights"]["parameters"],
         "best": checks["best"],
-        "steps": records[-1]["step"],
+        "steps": json.loads(folder.saved.read_text(encoding="utf-8"))["steps"],  # not each one is among the records
         "tokens": max(record.get("tokens", 0) for record in records),
         **progress.summary(records),
         "first_eval_loss": next((record["eval_loss"] for record in records if "eval_loss" in record), None),

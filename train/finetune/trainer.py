@@ -103,7 +103,8 @@ def save(trainer: FinetuneTrainer, folder: FinetuneFolder, special: Mapping[str,
     if trainer.is_world_process_zero():
         trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
         best = {"step": trainer.state.best_global_step, "eval_loss": trainer.state.best_metric}
-        told = {"weights": report, "trained": trained, "best": best if trainer.args.load_best_model_at_end else None}
+        told = {"weights": report, "trained": trained, "steps": trainer.state.global_step}
+        told["best"] = best if trainer.args.load_best_model_at_end else None
         outputs.write_text(folder.saved, json.dumps(told) + "\n")
 
 
