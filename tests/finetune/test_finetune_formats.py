@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from finetune_samples import argv, call  # type: ignore[import-not-found]
 
 from train.data.document_formats import BadDocumentError
 from train.data.documents import Skipped
@@ -310,3 +311,48 @@ def test_arrow_files_are_read_as_the_datasets_library_keeps_them(tmp_path: Path)
     damaged.write_bytes(file.read_bytes()[:-60])
     with pytest.raises(UserError, match="is not a whole Arrow file"):
         list(read_conversations([damaged], _reading(), on_error="stop", skipped=Skipped()))
+
+
+@pytest.mark.slow
+def test_what_was_trained_by_a_prompt_template_is_answered_by_it(
+    base_model: Path, write_jsonl: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Two sources, by weight; asked with the saved chat template, the context beside the question."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    pairs = [("cat", "tac"), ("dog", "god"), ("猫", "犬"), ("🙂", "空")]
+    squad = [
+        {"context": f"{word} is {answer}.", "question": f"what is {word}?", "answers": {"text": [answer]}}
+        for word, answer in pairs
+    ]
+    alone = [{"question": "who?", "answer": "me 🙂"}]
+    changes = {
+        "model_name_or_path": base_model,
+        "data_files": [str(write_jsonl(squad, "squad.jsonl")), str(write_jsonl(alone, "alone.jsonl"))],
+        "data_weights": ["3", "2"],
+        "prompt_template": "squad",
+        "output_dir": tmp_path / "out",
+        "max_seq_length": 128,
+        "device": "cpu",
+        "max_steps": 150,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 5,
+    }
+    assert call(*argv(changes)) == 0
+    results = json.loads((tmp_path / "out" / "manifest.json").read_text())["results"]
+    assert [(source["examples"], source["taken"]) for source in results["examples"]["sources"]] == [(4, 3), (1, 2)]
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    learnt = 0
+    for record in [*squad, *alone]:
+        message = {"role": "user", "content": record["question"], "input": record.get("context", "")}
+        ids: Any = tokenizer.apply_chat_template([message], add_generation_prompt=True, return_tensors="pt")[
+            "input_ids"
+        ]
+        with torch.no_grad():
+            said = model.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :]
+        answer = record["answers"]["text"][0] if "answers" in record else record["answer"]
+        learnt += tokenizer.decode(said) == f"{answer}</s>" or tokenizer.decode(said) == f" {answer}</s>"
+    assert learnt >= 4  # by weight, one of the four was not taken

@@ -72,6 +72,13 @@ def test_two_templates_and_several_turns() -> None:
     assert told == f"Be brief.\n\n{first}{second}"  # in place of the preset's first sentence
 
 
+def test_turns_stand_as_close_as_the_parts_of_one() -> None:
+    template = PromptTemplate.parse(*PRESETS["dolly_ja"])
+    told = _rendered(template, {"role": "system", "content": "S"}, _user("q"), _assistant("a"), _user("r"), asked=True)
+    turns = f"### Instruction:\nq\n### Response:\na{END}\n### Instruction:\nr\n### Response:\n"
+    assert told == f"S\n{turns}"
+
+
 def test_all_presets_mark_what_is_trained() -> None:
     for name in PRESETS:
         template = PromptTemplate.parse(*prompt_template.find(name)).chat_template()

@@ -106,8 +106,8 @@ class PromptTemplate:
 
     @property
     def _turn_end(self) -> str:
-        text = self._full.preamble + "".join(text for text, _ in self._full.parts) + self._full.before_answer
-        return "\n\n" if "\n\n" in text else "\n"
+        texts = (self._full.preamble, *(text for text, _ in self._full.parts), self._full.before_answer)
+        return "\n\n" if any("\n\n" in text for text in texts) else "\n"
 
     def _answer(self, form: Form) -> str:
         prompt = form.before_answer.rstrip(" ")
