@@ -366,3 +366,20 @@ def test_an_error_of_the_launchers_own_in_a_nodes_thread_ends_the_run(play, monk
     assert failure is not None and failure.exit_status == 1
     assert "cannot be followed any more: BrokenPipeError('the terminal is gone')." in failure.text
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("is_scheduled", "status"), [(False, 2), (True, 1)])
+def test_a_bad_node_of_a_scheduler_ends_no_chain_of_jobs(tmp_path, is_scheduled, status):
+    """The next job of a chain may be given other nodes, and 2 would end the chain."""
+    with Play(tmp_path, is_scheduled=is_scheduled) as play:
+        first = play.come("node1")
+        play.coordinator.output(b"pdsh@node1: node2: ssh exited with exit code 255\n")
+        assert hear(first, "end")
+        ended(first)
+        failure = play.over()
+    assert failure is not None and failure.exit_status == status
+
+
+def test_the_launcher_listens_where_an_administrator_can_open_a_port(tmp_path):
+    with Play(tmp_path) as play:
+        assert 20000 <= play.invitation["port"] < 32000

@@ -55,6 +55,8 @@ class Job:
         engine_dir: the engine's checkout, whose commit every node is asked for.
         paths: what every node must see; the launch folder always belongs to them.
         refuses_differences: whether a preflight that finds differences ends the run.
+        is_local: whether this machine is the only node.
+        is_scheduled: whether a scheduler has chosen the nodes.
         join_timeout_s, node_timeout_s, grace_s: see ClusterSettings.
     """
 
@@ -73,6 +75,7 @@ class Job:
     paths: tuple[Path, ...] = ()
     refuses_differences: bool = True
     is_local: bool = False
+    is_scheduled: bool = False
     join_timeout_s: float = 120.0
     node_timeout_s: float = 20.0
     grace_s: float = 60.0
@@ -118,13 +121,17 @@ class Coordinator:
         self._is_cut_short = False
         self._is_closed = False
         self._has_started = False
+        # Nodes that a user has named are the user's to mend. Those of a scheduler may be others next time: a chain of
+        # jobs, which 2 ends, goes on.
+        self._node_fault = EXIT_FAILURE if job.is_scheduled else EXIT_USER
         self._began = time.monotonic()
         self._lines: collections.deque[str] = collections.deque(maxlen=200)
         self._rest = ""
 
     def __enter__(self) -> Coordinator:
         job = self._job
-        self._listener = socket.create_server(("127.0.0.1" if job.is_local else "", 0), backlog=len(job.nodes) + 8)
+        host = "127.0.0.1" if job.is_local else ""
+        self._listener = network.listen(f"{job.name} launcher {os.getpid()}", host=host, backlog=len(job.nodes) + 8)
         addresses = ["127.0.0.1"] if job.is_local else self._addresses()
         invitation = {
             "addresses": addresses,
@@ -173,7 +180,7 @@ class Coordinator:
                     continue
                 has_come = self._index(found.host) in self._members
                 # a host that could not be started is for the user to mend, whatever ssh's status was
-                status = EXIT_FAILURE if has_come else EXIT_USER
+                status = EXIT_FAILURE if has_come else self._node_fault
                 self._fail(Failure(self._lost_text(found.host, found.status, has_come), status))
                 return
 
@@ -330,7 +337,7 @@ class Coordinator:
         if report.problems:
             if job.refuses_differences:
                 told_ = "\n".join(report.problems)
-                self._fail(Failure(f"{told_}\n--preflight warn starts all the same.", EXIT_USER))
+                self._fail(Failure(f"{told_}\n--preflight warn starts all the same.", self._node_fault))
                 return
             for problem in report.problems:
                 print(f"warning: {problem}", flush=True)

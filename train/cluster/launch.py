@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterable
@@ -140,6 +139,7 @@ def plan(
         paths=tuple(paths) if not is_local else (),
         refuses_differences=cluster.preflight != "warn",
         is_local=is_local,
+        is_scheduled=allocation.job_id is not None,
         join_timeout_s=cluster.join_timeout_s,
         node_timeout_s=cluster.node_timeout_s,
         grace_s=cluster.grace_s,
@@ -219,11 +219,6 @@ def run_measurement(plan: Plan, *, log: Path) -> tuple[End, slow_nodes.Report | 
     if report.all_reduce_over_all_gb_per_s is not None:
         print(f"all-reduce over all nodes: {report.all_reduce_over_all_gb_per_s:.3g} GB/s", flush=True)
     return end, report
-
-
-def clean_up(launch_dir: Path) -> None:
-    """Removes what a launch needed, once its run is done."""
-    shutil.rmtree(launch_dir, ignore_errors=True)
 
 
 def _end_by(cluster: ClusterSettings, began: float | None) -> dict[str, str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import socket
 from collections.abc import Iterable
 from contextlib import closing
 
+_ATTEMPTS = 5
 _PORTS = range(20000, 32000)  # below what the kernel hands out for outgoing connections
 
 
@@ -90,6 +92,18 @@ def is_this_machine(host: str) -> bool:
     except OSError:
         return False
     return any(interface_of(address) is not None for address in addresses)
+
+
+def listen(name: str, *, host: str, backlog: int) -> socket.socket:
+    """A listening socket in the range of `free_port`, which an administrator can open between the nodes.
+
+    Raises:
+        OSError: not one port is free.
+    """
+    for attempt in range(_ATTEMPTS):
+        with contextlib.suppress(OSError):  # somebody took it in between
+            return socket.create_server((host, free_port(f"{name} {attempt}", host=host)), backlog=backlog)
+    return socket.create_server((host, free_port(name, host=host)), backlog=backlog)
 
 
 def free_port(job: str, *, host: str = "") -> int:
