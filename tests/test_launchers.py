@@ -22,6 +22,8 @@ sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 DRY_RUNS = {
+    "create_hostfile.py": ["--nodes_from", "none", "--slots", "8", "--output", "{out}"],
+    "create_ssh_config_file.py": ["--nodes_from", "none", "--output", "{out}"],
     "make_sample_data.py": ["--output_dir", "{out}"],
     "demo.py": ["--output_dir", "{out}"],
     "run_all.py": ["--recipe", "demo"],
