@@ -51,6 +51,8 @@ def pretrain(recipe: PretrainRecipe) -> int:
     run_folder = RunFolder.of(recipe)
     if recipe.job.submit is not None:
         return _submit(recipe, run_folder)
+    if recipe.job.job_nodes > 1:
+        print(f"note: --job_nodes {recipe.job.job_nodes} is for --submit; this run takes the nodes that are here")
     allocation = allocations.find(
         recipe.cluster, num_processes=recipe.parallel.num_processes, device=recipe.parallel.device
     )

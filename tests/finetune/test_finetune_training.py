@@ -219,6 +219,15 @@ def test_a_disk_that_is_really_full_is_one_message(
         process.capture(Command(("umount", str(disk))), timeout_s=30)
 
 
+@pytest.mark.parametrize("changes", [{}, {"zero_stage": 3, "num_processes": 2}], ids=["alone", "ZeRO-3"])
+def test_what_the_model_says_while_it_learns_is_kept(files: dict[str, Any], changes: dict[str, Any]) -> None:
+    asked = ["What does zip do?", "犬 は"]
+    assert call(*argv(files, max_steps=4, save_steps=2, **changes), "--sample_prompts", *asked) == 0
+    lines = (files["output_dir"] / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    said = [json.loads(line) for line in lines]
+    assert [(answer["step"], answer["prompt"]) for answer in said] == [(n, p) for n in (2, 4) for p in asked]
+
+
 def test_packing_truncation_and_added_tokens(files: dict[str, Any]) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -20,7 +20,7 @@ from train.finetune.settings import FinetuneSettings
 from train.settings import setting
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_KEPT_NAMES = ("log", "tensorboard", "wandb", "metrics.jsonl", "recipe.yaml", "deepspeed_config.json")
+_KEPT_NAMES = ("log", "tensorboard", "wandb", "metrics.jsonl", "samples.jsonl", "recipe.yaml", "deepspeed_config.json")
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,11 @@ class FinetuneFolder:
     def tokenizer_dir(self) -> Path:
         """The tokenizer's files as they came, and the chat template."""
         return self.root / "tokenizer"
+
+    @property
+    def samples(self) -> Path:
+        """What the model answered at its checkpoints (`train.monitor.samples`)."""
+        return self.root / "samples.jsonl"
 
     @property
     def checkpoint_dir(self) -> Path:

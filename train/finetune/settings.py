@@ -70,6 +70,7 @@ class FinetuneSettings:
         "truncate", help="what happens to examples over max_seq_length", choices=("truncate", "drop")
     )
     packing: bool = setting(False, help="put several examples into one sequence")
+    sample_prompts: tuple[str, ...] = setting((), help="what the model is asked at each checkpoint, for the report")
     show_examples: int = setting(3, help="examples shown before training, with what is trained in them")
 
     num_train_epochs: float = setting(3.0, help="passes over the data")

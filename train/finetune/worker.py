@@ -56,6 +56,7 @@ def train(plan: Plan, folder: FinetuneFolder) -> None:
     from train.finetune import special_ids
     from train.finetune import trainer as trainers
     from train.finetune.progress import Reporting
+    from train.finetune.sample_answers import SampleAnswers
 
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -81,6 +82,7 @@ def train(plan: Plan, folder: FinetuneFolder) -> None:
         config=settings_module.to_plain(plan.finetune),
         dir=folder.root,
     )
+    prompts = plan.finetune.sample_prompts
     trainer = trainers.FinetuneTrainer(
         folder=folder,
         model=model,
@@ -91,6 +93,7 @@ def train(plan: Plan, folder: FinetuneFolder) -> None:
         callbacks=[
             Reporting(folder.metrics, wandb),
             *([EarlyStoppingCallback(patience)] if (patience := plan.finetune.early_stopping_patience) else []),
+            *([SampleAnswers(folder.samples, tokenizer, prompts)] if prompts else []),
             SaveAndEnd(early, at_last_step=True),
         ],
     )
