@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import stat
 import subprocess
 import sys
@@ -79,7 +80,11 @@ def test_settings_reach_the_job(tmp_path):
     assert (job.join_timeout_s, job.node_timeout_s, job.grace_s) == (7, 8, 9)
     assert float(job.environment[END_BY_VARIABLE]) > 1e9
     script = made.files[tmp_path / "launch" / "node.sh"]
-    assert "module load cuda/1" in script and f"source {Path.cwd()}/setup.sh" in script and "hard=77" in script
+    assert (
+        "module load cuda/1" in script
+        and f"source {shlex.quote(str(Path.cwd() / 'setup.sh'))}" in script
+        and "hard=77" in script
+    )
     assert END_BY_VARIABLE not in plan(tmp_path, TWO, ClusterSettings(launcher="ssh")).job.environment
 
 

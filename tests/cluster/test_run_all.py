@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -166,7 +167,7 @@ def test_here_they_run_in_a_row_and_stop_at_the_first_failure(folder, monkeypatc
     assert [name[:8] for name in ran] == ["train_se", "preproce", "pretrain", "convert_"]
 
 
-def test_as_jobs_each_waits_for_the_success_of_the_one_before(folder, calls, capsys):
+def test_as_jobs_each_waits_for_the_success_of_the_one_before(folder, calls, capsys, project_root):
     assert run_all(RunAllSettings(write(WHOLE), submit="slurm")) == 0
     after = "sbatch --dependency=afterok:{} --kill-on-invalid-dep=yes "
     pretrain = calls()[2].split()[-1]
@@ -182,7 +183,8 @@ def test_as_jobs_each_waits_for_the_success_of_the_one_before(folder, calls, cap
         after.format(48) + "upload_finetuned_model",
     ]
     told = capsys.readouterr().out
-    assert "jobs 43, 44, 45" in told and f"status.sh {folder}/out/hf/chat" in told
+    status = shlex.quote(str(project_root / "scripts" / "common" / "status.sh"))
+    assert "jobs 43, 44, 45" in told and f"{status} {folder}/out/hf/chat" in told
     record = json.loads((folder / "out" / "hf" / "chat.job" / "chat.json").read_text())
     assert record["ids"] == ["48"]
     script = Path(record["script"]).read_text()

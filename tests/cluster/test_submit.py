@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import time
 from pathlib import Path
 
@@ -93,13 +94,14 @@ def test_a_job_is_submitted_recorded_and_told(cluster, tmp_path, capsys):
     assert record.settings is not None and record.settings.read_text() == "training: {}\n"
     assert cluster.submitted() == [str(record.script)]
     script = record.script.read_text()
-    assert f"pretrain.sh --recipe {record.settings} --num_nodes 1 --time_budget_min 110" in script
-    assert "scripts/pretrain.sh" in script and str(Path("scripts/pretrain.sh").absolute()) in script
+    launcher = shlex.quote(str(Path("scripts/pretrain.sh").absolute()))
+    assert f"bash {launcher} --recipe {record.settings} --num_nodes 1 --time_budget_min 110" in script
     assert record.logs == (tmp_path / "out" / "job" / f"gpt.{job_id}.log",)
     told = capsys.readouterr().out
     assert f"job {job_id} (gpt)" in told
     assert f"tail -F {record.logs[0]}" in told
-    assert f"scripts/common/status.sh {tmp_path / 'out'} --job_name gpt" in told
+    status = shlex.quote(str(Path("scripts/common/status.sh").absolute()))
+    assert f"bash {status} {tmp_path / 'out'} --job_name gpt" in told
     assert f"{'scancel' if cluster.scheduler == 'slurm' else 'qdel'} {job_id}" in told
 
 
