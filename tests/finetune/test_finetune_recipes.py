@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -282,7 +283,8 @@ def test_each_preset_trains_small_and_for_real(
     assert results["steps"] == 2 and results["method"] == {"full": "full", "partial": "partial", "lora": "lora"}.get(
         recipe.rpartition("_")[2], "full"
     )
-    assert ("[[0</s>]]" if recipe == "squad_lora" else "[[犬 0</s>]]") in told.replace("[[ ", "[[")
+    answer = r"\[\[ ?\d+</s>\]\]" if recipe == "squad_lora" else r"\[\[ ?犬 \d+</s>\]\]"
+    assert re.search(answer, told), told
     assert (results["eval_examples"] is None) == (recipe == "alpaca")
 
 

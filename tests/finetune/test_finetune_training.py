@@ -175,8 +175,8 @@ def test_what_was_saved_differently_is_not_handed_over(
 
     trained = launch._train
 
-    def spoil(plan: Any, where: Any, folder: Any) -> None:
-        trained(plan, where, folder)
+    def spoil(plan: Any, where: Any, folder: Any, **more: Any) -> None:
+        trained(plan, where, folder, **more)
         file = folder.model_dir / "model.safetensors"
         weights = load_file(file)
         weights["model.norm.weight"] *= 1.01

@@ -41,7 +41,7 @@ def collect(invitation: dict[str, Any]) -> dict[str, Any]:
         "host": os.uname().nodename,
         "boot": _boot(),
         "clock": time.time(),
-        "free_port": network.free_port(str(invitation.get("job", ""))),
+        "free_port": network.free_port(f"{invitation.get('job')} {invitation.get('port')}"),
         "interface": interface,
         "interface_address": network.interface_address(interface) if interface else None,
         "interpreter": sys.executable,
