@@ -8,7 +8,7 @@ import socket
 
 import pytest
 
-from train.cluster import network
+from train.cluster import network, this_machine
 
 
 def test_the_way_to_this_machine_is_its_loopback():
@@ -36,11 +36,10 @@ def test_the_loopback_is_what_peers_are_told_last(monkeypatch):
 
 
 def test_this_machine_is_known_by_its_names_and_addresses(monkeypatch):
-    assert network.is_this_machine("localhost") and network.is_this_machine("127.0.0.1")
-    assert network.is_this_machine(socket.gethostname())
-    assert network.is_this_machine(f"{socket.gethostname()}.somewhere.example")
-    assert not network.is_this_machine("192.0.2.1")
-    assert not network.is_this_machine("no-such-host.invalid")
+    for name in ("localhost", "127.0.0.1", socket.gethostname(), f"{socket.gethostname()}.somewhere.example"):
+        assert this_machine.name_among([name]) == name
+    assert this_machine.name_among(["192.0.2.1"]) is None
+    assert this_machine.name_among(["no-such-host.invalid"]) is None
 
 
 def test_the_port_follows_from_the_job_and_a_taken_one_is_passed_over():

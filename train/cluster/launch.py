@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train import outputs, process
-from train.cluster import launchers, measure, network, node_script, secrets, slow_nodes
+from train.cluster import launchers, measure, network, node_script, secrets, slow_nodes, this_machine
 from train.cluster.allocation import Allocation
 from train.cluster.coordinator import Coordinator, Job
 from train.cluster.settings import ClusterSettings
@@ -100,7 +100,7 @@ def plan(
     Raises:
         UserError: the launcher's program is missing, or the secrets file cannot be used.
     """
-    is_here = len(allocation.hosts) == 1 and network.is_this_machine(allocation.hosts[0])
+    is_here = len(allocation.hosts) == 1 and this_machine.name_among(allocation.hosts) is not None
     launcher, why = launchers.choose(cluster.launcher, allocation, is_here=is_here)
     is_local = launcher == "local"
     script = launch_dir / "node.sh"
@@ -120,9 +120,8 @@ def plan(
     if launcher in ("pdsh", "ssh", "openmpi"):
         ssh_config = launch_dir / "ssh_config"
         files[ssh_config] = _ssh_config(allocation, cluster, launch_dir)
-    transport = launchers.build(
-        launcher, allocation, script=script, ssh_config=ssh_config, network=_network(allocation, cluster)
-    )
+    shared_network = _network(allocation, cluster) if launcher == "openmpi" else None
+    transport = launchers.build(launcher, allocation, script=script, ssh_config=ssh_config, network=shared_network)
     job = Job(
         name=f"{allocation.job_id or ''} {job_name}",
         nodes=allocation.hosts,
@@ -243,7 +242,7 @@ def _ssh_config(allocation: Allocation, cluster: ClusterSettings, launch_dir: Pa
 
 def _network(allocation: Allocation, cluster: ClusterSettings) -> str | None:
     """The network that leads from here to the other nodes, as OpenMPI is told it; interfaces differ in name."""
-    peer = next((host for host in allocation.hosts if not network.is_this_machine(host)), None)
+    peer = next((host for host in allocation.hosts if this_machine.name_among([host]) is None), None)
     address = network.source_address(peer) if peer is not None else None
     if cluster.network_interface is not None:
         address = network.interface_address(cluster.network_interface) or address

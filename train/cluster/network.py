@@ -82,18 +82,6 @@ def network_of(address: str) -> str | None:
     return None
 
 
-def is_this_machine(host: str) -> bool:
-    """Whether `host` names the machine this runs on."""
-    own = {socket.gethostname(), socket.getfqdn(), "localhost"}
-    if host in own or host.partition(".")[0] in {name.partition(".")[0] for name in own}:
-        return True
-    try:
-        addresses = {str(found[4][0]) for found in socket.getaddrinfo(host, None)}
-    except OSError:
-        return False
-    return any(interface_of(address) is not None for address in addresses)
-
-
 def listen(name: str, *, host: str, backlog: int) -> socket.socket:
     """A listening socket in the range of `free_port`, which an administrator can open between the nodes.
 
