@@ -46,7 +46,9 @@ def test_nothing_heavy_is_imported():
 
 @pytest.mark.parametrize(("visible", "count"), [(None, 3), ("0,2", 2), ("0", 1), ("", 0), ("-1", 0)])
 def test_gpus_are_those_that_the_ranks_may_use(tmp_path, monkeypatch, visible, count):
-    answer = "printf 'NVIDIA H200, 580.65.06\\nNVIDIA H200, 580.65.06\\nNVIDIA H200, 580.65.06\\n'"
+    listed = "".join(f"GPU {number}: NVIDIA H200 (UUID: GPU-{number})\\n" for number in range(3))
+    answer = f"if [ $1 = --list-gpus ]; then printf '{listed}'; exit; fi; "
+    answer += "printf 'NVIDIA H200, 580.65.06\\nNVIDIA H200, 580.65.06\\nNVIDIA H200, 580.65.06\\n'"
     monkeypatch.setenv("PATH", stand_in(tmp_path, "nvidia-smi", answer))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:

@@ -20,6 +20,7 @@ from typing import Any
 
 from train import process
 from train.cluster import network
+from train.cluster.allocation import count_gpus
 from train.process import Command
 
 _PACKAGES = ("deepspeed", "transformers", "accelerate", "trl", "numpy", "sentencepiece", "flash-attn", "apex")
@@ -34,7 +35,8 @@ def collect(invitation: dict[str, Any]) -> dict[str, Any]:
     """
     versions = {name: _version(name) for name in _PACKAGES}
     torch = _torch()
-    gpus = _gpus()
+    count = count_gpus(os.environ)
+    gpu, driver = _gpu() if count else (None, None)
     interface = invitation.get("interface")
     temporary = _temporary_folder()
     return {
@@ -51,9 +53,9 @@ def collect(invitation: dict[str, Any]) -> dict[str, Any]:
         "NCCL": next((found for name in ("cu13", "cu12", "cu11") if (found := _version(f"nvidia-nccl-{name}"))), None),
         **{name: version for name, version in versions.items() if version},
         "engine": _engine_commit(invitation.get("engine_dir")),
-        "driver": gpus[0][1] if gpus else None,
-        "GPU": gpus[0][0] if gpus else None,
-        "GPUs": len(gpus),
+        "driver": driver,
+        "GPU": gpu,
+        "GPUs": count,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "open files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         "locked memory": resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
@@ -97,18 +99,15 @@ def _torch() -> dict[str, str]:
     return found
 
 
-def _gpus() -> list[tuple[str, str]]:
-    """Name and driver version of each GPU that this process may use."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return []
+def _gpu() -> tuple[str | None, str | None]:
+    """Name and driver version of the first GPU."""
     command = Command(("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"))
     status, text = process.capture(command, timeout_s=30)
-    if status != 0:
-        return []
-    rows = [line.rpartition(",") for line in text.splitlines() if "," in line]
-    found = [(name.strip(), driver.strip()) for name, _, driver in rows]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return found if visible is None else found[: len([word for word in visible.split(",") if word.strip()])]
+    first = next((line for line in text.splitlines() if "," in line), "")
+    if status != 0 or not first:
+        return None, None
+    name, _, driver = first.rpartition(",")
+    return name.strip(), driver.strip()
 
 
 def _engine_commit(folder: str | None) -> str | None:
