@@ -59,35 +59,61 @@ def saved_name(live: str) -> str:
     return live.replace(".default.", ".")
 
 
+def attach(base: Any, adapter_dir: Path) -> Any:
+    """Puts an adapter on its base model. Each of its tensors must find its place: PEFT only warns.
+
+    Raises:
+        UserError: it cannot be loaded on this base.
+        VerificationError: its tensors are missing, left over, empty or of another shape; one problem for each.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        stored = load_file(adapter_dir / WEIGHTS)
+        refuse_empty(stored)
+        model = PeftModel.from_pretrained(base, str(adapter_dir))
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{adapter_dir} cannot be loaded on its base model: {first_line}") from None
+    live = {name: tensor.shape for name, tensor in get_peft_model_state_dict(model).items()}
+    wrong = [f"the adapter lacks {name}." for name in sorted(live.keys() - stored.keys())]
+    wrong += [f"the adapter has {name}, for which the base has no place." for name in sorted(stored.keys() - live)]
+    wrong += [
+        f"the adapter's {name} is {tuple(stored[name].shape)}, the base has {tuple(shape)}."
+        for name, shape in sorted(live.items())
+        if name in stored and stored[name].shape != shape
+    ]
+    if wrong:
+        raise VerificationError(wrong)
+    return model
+
+
 def load(base_dir: Path, adapter_dir: Path, *, dtype: str) -> Any:
     """Base and adapter from their files, ready to compute in `dtype` (a name torch knows, or "auto").
 
     Raises:
         UserError: they cannot be loaded, or do not fit each other.
-        VerificationError: tensors of the adapter are missing, left over, empty or not finite.
+        VerificationError: tensors of the adapter are missing, left over, empty, of another shape or not finite.
     """
-    from peft import PeftModel
-    from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    stored = load_file(adapter_dir / WEIGHTS)
-    refuse_empty(stored)
-    bad = sorted(name for name, tensor in stored.items() if not bool(tensor.isfinite().all()))
-    if bad:
-        raise VerificationError([f"the adapter's {name} holds NaN or infinity." for name in bad])
     try:
         base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=dtype, local_files_only=True)
-        model = PeftModel.from_pretrained(base, adapter_dir)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{base_dir} and the adapter {adapter_dir} cannot be loaded: {first_line}") from None
-    live = {saved_name(name) for name, _ in model.named_parameters() if ".lora_" in name}
-    wrong = [f"the adapter lacks {name}." for name in sorted(live - stored.keys())]
-    wrong += [f"the adapter has {name}, for which the base has no place." for name in sorted(stored.keys() - live)]
-    if wrong:
-        raise VerificationError(wrong)
+        raise UserError(f"{base_dir} cannot be loaded: {first_line}") from None
+    model = attach(base, adapter_dir)
+    bad = sorted(
+        saved_name(name)
+        for name, weight in model.named_parameters()
+        if ".lora_" in name and not weight.isfinite().all()
+    )
+    if bad:
+        raise VerificationError([f"the adapter's {name} holds NaN or infinity." for name in bad])
     return model.eval()
 
 

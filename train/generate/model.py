@@ -15,10 +15,9 @@ from typing import Any
 
 from train.checkpoint import verification
 from train.errors import UserError, VerificationError
+from train.finetune import adapter as adapters
 from train.finetune import inputs
 
-ADAPTER_CONFIG = "adapter_config.json"
-_ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PRECISIONS = {"stored": None, "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -60,7 +59,7 @@ def find(name: str, adapter: str | None = None, *, flag: str = "--model_name_or_
         return Sources(_base_of(folder), _checked(folder, flag=flag))
     given = _adapter_folder(adapter)
     if given is None:
-        raise UserError(f"--adapter {adapter} has no {ADAPTER_CONFIG}: name the folder of a LoRA finetuning.")
+        raise UserError(f"--adapter {adapter} has no {adapters.CONFIG}: name the folder of a LoRA finetuning.")
     if _adapter_folder(name) is not None:
         raise UserError(f"{flag} {name} is an adapter itself: name its base model, or leave --adapter out.")
     return Sources(inputs.find_model(name, flag=flag), _checked(given, flag="--adapter"))
@@ -109,7 +108,7 @@ def choose_device(wanted: str, has_gpu: bool) -> str:
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter only, not whole weights."""
-    return (folder / ADAPTER_CONFIG).is_file() and not any(folder.glob("model*.safetensors"))
+    return (folder / adapters.CONFIG).is_file() and not any(folder.glob("model*.safetensors"))
 
 
 def positions(model: Any) -> int | None:
@@ -130,22 +129,22 @@ def _hub_adapter(name: str) -> Path | None:
     from huggingface_hub import hf_hub_download, snapshot_download
 
     try:
-        hf_hub_download(name, ADAPTER_CONFIG)
+        hf_hub_download(name, adapters.CONFIG)
         return Path(snapshot_download(name, allow_patterns=list(verification.MODEL_FILES)))
     except Exception:  # it is none, or cannot be reached: inputs.find_model says which
         return None
 
 
 def _checked(adapter: Path, *, flag: str) -> Path:
-    if not (adapter / _ADAPTER_WEIGHTS).is_file():
-        raise UserError(f"{flag} {adapter} has no {_ADAPTER_WEIGHTS}: the adapter was not saved whole; train it again.")
+    if not (adapter / adapters.WEIGHTS).is_file():
+        raise UserError(f"{flag} {adapter} has no {adapters.WEIGHTS}: the adapter was not saved whole; train it again.")
     if verification.read(adapter) is not None:
         verification.require(adapter, hash_files=False)
     return adapter
 
 
 def _base_of(adapter: Path) -> Path:
-    file = adapter / ADAPTER_CONFIG
+    file = adapter / adapters.CONFIG
     try:
         named = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (ValueError, AttributeError) as error:
@@ -159,27 +158,14 @@ def _base_of(adapter: Path) -> Path:
         raise UserError([*error.problems, where[0].upper() + where[1:]]) from None
 
 
-def _with_adapter(model: Any, adapter: Path, *, rows: int) -> Any:
-    """The base model with its adapter, each of whose tensors must find its place: PEFT only warns."""
-    from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import SafetensorError, safe_open
-
+def _with_adapter(model: Any, folder: Path, *, rows: int) -> Any:
+    """The base model with its adapter."""
     if rows > model.get_input_embeddings().weight.shape[0]:  # tokens that were added for the finetuning
         model.resize_token_embeddings(rows)
     try:
-        adapted = PeftModel.from_pretrained(model, str(adapter))
-        with safe_open(adapter / _ADAPTER_WEIGHTS, framework="pt") as stored:
-            shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118  not a dict
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{adapter} cannot be loaded on its base model: {first_line}") from None
-    live = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(adapted).items()}
-    wrong = sorted(name for name in shapes.keys() | live.keys() if shapes.get(name) != live.get(name))
-    wrong += [name for name, shape in shapes.items() if 0 in shape]
-    if wrong or not shapes:
-        first = f", first {wrong[0]}" if wrong else ""
+        return adapters.attach(model, folder)
+    except VerificationError as error:
         raise VerificationError(
-            f"{adapter}: {len(wrong) or 'all'} tensors are missing, empty, left over or of another shape than its base"
-            f" model takes{first}: is it the base it was trained on?"
-        )
-    return adapted
+            f"{folder}: {len(error.problems)} tensors are missing, empty, left over or of another shape than its base"
+            f" model takes, first: {error.problems[0]} Is it the base it was trained on?"
+        ) from None
