@@ -9,6 +9,10 @@ ranks find this on PYTHONPATH as `sitecustomize`, which Python imports before an
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 _CODE = r"""
@@ -74,3 +78,17 @@ def moment(folder: Path, pattern: str, *, nth: int = 1, to: str = "all", alone: 
 def reached(folder: Path) -> Path:
     """The file that appears when the moment of `to="nobody"` has come."""
     return folder / "reached"
+
+
+def sigterm_when_reached(folder: Path, argv: Sequence[str], environment: Mapping[str, str]) -> tuple[int, str]:
+    """Starts a launcher, sends it SIGTERM once the moment of `to="nobody"` has come; exit status and standard error."""
+    running = subprocess.Popen(
+        argv, env=os.environ | dict(environment), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 240
+    while not reached(folder).exists():
+        assert running.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    running.send_signal(signal.SIGTERM)
+    _, said = running.communicate(timeout=60)
+    return running.returncode, said

@@ -138,3 +138,34 @@ assert code == 0 and not torch.distributed.is_initialized()
 def test_a_rank_that_is_done_leaves_its_process_group(tmp_path):
     done = subprocess.run([sys.executable, "-c", _LEAVES, tmp_path / "o.json"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+_DEAF = """
+import multiprocessing, sys, time
+from pathlib import Path
+import torch.distributed
+from train import outcome
+
+def body():
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
+    child.start()
+    time.sleep(0.5)
+    child.terminate()  # no signal to this process
+    child.join()
+    time.sleep(6)
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
+    print("waits", flush=True)
+    store.get("what nobody will ever put there")  # waits in C++, and takes up again what a signal interrupts
+
+raise SystemExit(outcome.record(Path(sys.argv[1]), body))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_rank_that_waits_in_a_library_is_interrupted_too(tmp_path: Path, number: signal.Signals) -> None:
+    file = tmp_path / "outcome.json"
+    with subprocess.Popen([sys.executable, "-c", _DEAF, file], stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None and running.stdout.readline() == "waits\n"
+        running.send_signal(number)
+        assert running.wait(60) == EXIT_INTERRUPTED
+    assert outcome.read(file) == outcome.Outcome(EXIT_INTERRUPTED, (outcome._INTERRUPTED,))

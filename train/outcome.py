@@ -12,14 +12,13 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train import interruption
 from train.early_end import EndedEarlyError
 from train.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_USER, UserError, user_message
 
@@ -74,11 +73,12 @@ def record(path: Path, body: Callable[[], None], *, leads: bool = True) -> int:
         body: the work of this rank.
         leads: whether this rank (the first one) also reports success.
     """
-    if threading.current_thread() is threading.main_thread():
-        # SIGTERM is a scheduler's way to interrupt; SIGINT is ignored at birth in a shell's background jobs.
-        # Once there is something to save, `train.early_end` takes SIGTERM over.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.default_int_handler)
+
+    def interrupted() -> int:
+        write(path, EXIT_INTERRUPTED, (_INTERRUPTED,))
+        return EXIT_INTERRUPTED
+
+    interruption.raise_keyboard_interrupt(interrupted)  # `train.early_end` takes SIGTERM over once it can save
     try:
         body()
         _leave_process_group()
@@ -97,8 +97,7 @@ def record(path: Path, body: Callable[[], None], *, leads: bool = True) -> int:
         write(path, EXIT_USER, (message,))
         return EXIT_USER
     except KeyboardInterrupt:
-        write(path, EXIT_INTERRUPTED, (_INTERRUPTED,))
-        return EXIT_INTERRUPTED
+        return interrupted()
     if leads:
         write(path, EXIT_OK)
     return EXIT_OK

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -89,16 +86,8 @@ def test_sigterm_during_start_up_ends_it_at_once(
 ) -> None:
     variables = signal_at.moment(tmp_path, r"^import megatron\.training ", to="nobody")
     words = flags(corpus, output, job_name="begun", **SHAPE, **PP2)
-    running = subprocess.Popen(
-        [sys.executable, str(project_root / "scripts" / SCRIPT), *words],
-        env=os.environ | variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 240
-    while not signal_at.reached(tmp_path).exists():
-        assert running.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    running.send_signal(signal.SIGTERM)
-    _, said = running.communicate(timeout=60)
-    assert running.returncode == EXIT_INTERRUPTED, said
+    argv = [sys.executable, str(project_root / "scripts" / SCRIPT), *words]
+    code, said = signal_at.sigterm_when_reached(tmp_path, argv, variables)
+    assert code == EXIT_INTERRUPTED, said
     assert "interrupted: the same command goes on from the last checkpoint" in said
     assert not saved(output, "begun")

@@ -83,3 +83,15 @@ def question_file(write_jsonl: Callable[..., Path]) -> Path:
     return write_jsonl(
         [{"text": f"### Human: what is {name}?### Assistant: {name} is {name[::-1]}."} for name in names], "qa.jsonl"
     )
+
+
+@pytest.fixture
+def files(base_model: Path, question_file: Path, tmp_path: Path) -> dict[str, Any]:
+    """A call that would work."""
+    return {
+        "model_name_or_path": base_model,
+        "data_files": question_file,
+        "output_dir": tmp_path / "out",
+        "max_seq_length": 128,
+        "device": "cpu",
+    }

@@ -21,14 +21,9 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def files(base_model: Path, question_file: Path, tmp_path: Path) -> dict[str, Any]:
-    return {
-        "model_name_or_path": base_model,
-        "data_files": question_file,
+def files(files: dict[str, Any], question_file: Path) -> dict[str, Any]:
+    return files | {
         "eval_data_files": question_file,
-        "output_dir": tmp_path / "out",
-        "max_seq_length": 128,
-        "device": "cpu",
         "max_steps": 6,
         "save_steps": 4,
         "learning_rate": 1e-2,

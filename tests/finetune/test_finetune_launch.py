@@ -18,19 +18,6 @@ from train.cluster.launch import End
 from train.finetune import launch
 from train.finetune.settings import FinetuneSettings
 
-
-@pytest.fixture
-def files(base_model: Path, question_file: Path, tmp_path: Path) -> dict[str, Any]:
-    """A call that would work."""
-    return {
-        "model_name_or_path": base_model,
-        "data_files": question_file,
-        "output_dir": tmp_path / "out",
-        "max_seq_length": 128,
-        "device": "cpu",
-    }
-
-
 BAD_SETTINGS = [
     ({"eval_steps": 5}, "--eval_steps 5 has no effect without --eval_data_files"),
     ({"per_device_train_batch_size": 0}, "--per_device_train_batch_size 0: it must be at least 1"),

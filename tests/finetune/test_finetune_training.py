@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from failing_at import failing_at  # type: ignore[import-not-found]
 from finetune_samples import SEEDS_LAUNCHER, argv, call  # type: ignore[import-not-found]
 
 from train import process
@@ -23,13 +22,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def files(base_model: Path, question_file: Path, tmp_path: Path) -> dict[str, Any]:
-    return {
-        "model_name_or_path": base_model,
-        "data_files": question_file,
-        "output_dir": tmp_path / "out",
-        "max_seq_length": 128,
-        "device": "cpu",
+def files(files: dict[str, Any]) -> dict[str, Any]:
+    return files | {
         "max_steps": 8,
         "save_steps": 4,
         "learning_rate": 1e-2,
@@ -99,35 +93,12 @@ def test_one_process_from_data_to_answers(
     assert "exists already: pass --overwrite" in capsys.readouterr().err
 
 
-def _failing_at(step: int, what: str) -> Callable[..., Command]:
-    """A worker that meets `what` when it comes to a step."""
-    original = launch.build_command
-    code = f"""
-import sys
-from train.finetune import trainer, worker
-real = trainer.FinetuneTrainer.training_step
-def training_step(self, model, inputs, num_items_in_batch=None):
-    if self.state.global_step + 1 == {step}:
-        {what}
-    return real(self, model, inputs, num_items_in_batch)
-trainer.FinetuneTrainer.training_step = training_step
-raise SystemExit(worker.main())
-"""
-
-    def build(*arguments: Any) -> Command:
-        command = original(*arguments)
-        tail = command.argv[command.argv.index("train.finetune.worker") + 1 :]
-        return Command((sys.executable, "-c", code, *tail), command.environment, files=command.files)
-
-    return build
-
-
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
     files: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(*argv(files, output_dir=tmp_path / "whole")) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(launch, "build_command", _failing_at(7, "raise KeyboardInterrupt"))
+        patch.setattr(launch, "build_command", failing_at(7, "raise KeyboardInterrupt"))
         assert call(*argv(files)) == EXIT_INTERRUPTED
     assert "goes on from the last checkpoint" in capsys.readouterr().err
     assert not files["output_dir"].exists()
@@ -153,7 +124,7 @@ def test_nan_has_its_own_exit_code_and_names_the_last_good_checkpoint(
         "loss": "next(model.parameters()).data.fill_(float('nan'))",
         "weights": "self.optimizer.step = lambda *a, **k: next(model.parameters()).data.fill_(float('inf'))",
     }
-    monkeypatch.setattr(launch, "build_command", _failing_at({"loss": 6, "weights": 8}[place], spoil[place]))
+    monkeypatch.setattr(launch, "build_command", failing_at({"loss": 6, "weights": 8}[place], spoil[place]))
     assert call(*argv(files)) == EXIT_NON_FINITE_LOSS
     told = capsys.readouterr().err
     assert "loss or weights are nan" in told and "checkpoint-4" in told
@@ -163,7 +134,7 @@ def test_nan_has_its_own_exit_code_and_names_the_last_good_checkpoint(
 def test_a_batch_that_trains_nothing_stops_the_run(
     files: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(launch, "build_command", _failing_at(2, "inputs['labels'].fill_(-100)"))
+    monkeypatch.setattr(launch, "build_command", failing_at(2, "inputs['labels'].fill_(-100)"))
     assert call(*argv(files)) == 2
     assert "step 2: a batch has no token to train" in capsys.readouterr().err
 
@@ -192,7 +163,7 @@ def test_a_full_disk_is_one_message(
     files: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     full = "import errno; raise OSError(errno.ENOSPC, 'No space left on device', 'model.safetensors')"
-    monkeypatch.setattr(launch, "build_command", _failing_at(2, full))
+    monkeypatch.setattr(launch, "build_command", failing_at(2, full))
     assert call(*argv(files)) == 2
     told = capsys.readouterr()
     assert "error: model.safetensors: no space left: free some" in told.err

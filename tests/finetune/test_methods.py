@@ -19,18 +19,6 @@ def settings(**changes: Any) -> FinetuneSettings:
     return dataclasses.replace(FinetuneSettings("owner/name", Path("out")), **changes)
 
 
-@pytest.fixture
-def files(base_model: Path, question_file: Path, tmp_path: Path) -> dict[str, Any]:
-    """A call that would work."""
-    return {
-        "model_name_or_path": base_model,
-        "data_files": question_file,
-        "output_dir": tmp_path / "out",
-        "max_seq_length": 128,
-        "device": "cpu",
-    }
-
-
 IMPLIED: list[tuple[dict[str, Any], str]] = [
     ({}, "full"),
     ({"use_peft": False}, "full"),

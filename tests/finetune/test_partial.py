@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from failing_at import failing_at  # type: ignore[import-not-found]
 from finetune_samples import argv, call  # type: ignore[import-not-found]
 
 from train.checkpoint import verification
 from train.errors import EXIT_INTERRUPTED, VerificationError
 from train.finetune import changes, launch
-from train.process import Command
 
 METHODS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -26,13 +25,8 @@ TRAINED = {f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up", "
 
 
 @pytest.fixture
-def files(base_model: Path, question_file: Path, tmp_path: Path) -> dict[str, Any]:
-    return {
-        "model_name_or_path": base_model,
-        "data_files": question_file,
-        "output_dir": tmp_path / "out",
-        "max_seq_length": 128,
-        "device": "cpu",
+def files(files: dict[str, Any]) -> dict[str, Any]:
+    return files | {
         "max_steps": 4,
         "save_steps": 2,
         "learning_rate": 1e-2,
@@ -67,27 +61,6 @@ def _assert_only_what_was_to_change_did(out: Path, base: Path, method: str) -> N
     assert counts == [len(expected), 21 - len(expected)] and record["changes"]["trained_and_unchanged"] == 0
 
 
-def _interrupted_at(step: int) -> Callable[..., Command]:
-    original = launch.build_command
-    code = f"""
-from train.finetune import trainer, worker
-real = trainer.FinetuneTrainer.training_step
-def training_step(self, model, inputs, num_items_in_batch=None):
-    if self.state.global_step + 1 == {step}:
-        raise KeyboardInterrupt
-    return real(self, model, inputs, num_items_in_batch)
-trainer.FinetuneTrainer.training_step = training_step
-raise SystemExit(worker.main())
-"""
-
-    def build(*arguments: Any) -> Command:
-        command = original(*arguments)
-        tail = command.argv[command.argv.index("train.finetune.worker") + 1 :]
-        return Command((sys.executable, "-c", code, *tail), command.environment, files=command.files)
-
-    return build
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_under_zero_train_what_one_process_trains(
@@ -108,7 +81,7 @@ def test_two_processes_under_zero_train_what_one_process_trains(
     if method == "lora":
         resumed = tmp_path / "resumed"
         with monkeypatch.context() as patch:
-            patch.setattr(launch, "build_command", _interrupted_at(4))
+            patch.setattr(launch, "build_command", failing_at(4, "raise KeyboardInterrupt"))
             words = argv(files, **how, **spread, output_dir=resumed, zero_stage=3)
             assert call(*words) == EXIT_INTERRUPTED and not resumed.exists()
         assert call(*words) == 0
@@ -132,7 +105,7 @@ def test_a_lora_with_dropout_is_resumed_exactly(
     how["trainer_arguments"] = ["neftune_noise_alpha=5", "optim=adafactor"]
     assert call(*argv(files, **how, output_dir=tmp_path / "whole")) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(launch, "build_command", _interrupted_at(4))
+        patch.setattr(launch, "build_command", failing_at(4, "raise KeyboardInterrupt"))
         assert call(*argv(files, **how)) == EXIT_INTERRUPTED
     assert call(*argv(files, **how)) == 0
     one, other = _tensors(tmp_path / "whole"), _tensors(files["output_dir"])
