@@ -2,7 +2,8 @@
 
 The GPT-3 rows are table 2.1 of https://arxiv.org/abs/2005.14165; `init_method_std` follows sqrt(1 / (3 * hidden_size))
 of https://arxiv.org/abs/2201.11990, rounded as in the seeds' pretraining scripts. The Llama rows are the shapes of
-https://arxiv.org/abs/2302.13971 and of Llama 3.2 1B; the Mistral row is a 300M-class model with grouped queries.
+https://arxiv.org/abs/2302.13971 and of Llama 3.2 1B, and one as large as gpt_1.3B; the Mistral row is a 300M-class
+model with grouped queries.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ MODEL_SIZES: dict[str, ModelSize] = {
     "gpt_20B": _gpt(44, 6144, 64, 1536, 1.0e-4, 0.007),
     "gpt_175B": _gpt(96, 12288, 96, 1536, 0.6e-4, 0.005),
     "llama_1B": _llama(16, 2048, 32, 8, 8192, 3.0e-4),
+    "llama_1.3B": _llama(24, 2048, 16, 4, 6144, 2.0e-4),
     "llama_7B": _llama(32, 4096, 32, 32, 11008, 3.0e-4),
     "llama_13B": _llama(40, 5120, 40, 40, 13824, 3.0e-4),
     "mistral_0.3B": ModelSize("mistral", 24, 1024, 16, 8, 2400, 256, 6.0e-4, 6.0e-5, 0.02),

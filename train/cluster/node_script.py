@@ -20,8 +20,8 @@ _CARRIED = {
     "LANG", "LC_ALL", *PROXIES,
 }  # fmt: skip
 _CARRIED_PREFIXES = (
-    "NCCL_", "GLOO_", "UCX_", "FI_", "OMP_", "MKL_", "TORCH_", "PYTORCH_", "TRITON_", "CUDA_DEVICE_", "DS_", "HF_",
-    "TRANSFORMERS_", "DATASETS_", "WANDB_", "TRAIN_", "MEGATRON_",
+    "NCCL_", "GLOO_", "UCX_", "FI_", "OMP_", "MKL_", "TORCH_", "TORCHINDUCTOR_", "PYTORCH_", "TRITON_",
+    "CUDA_DEVICE_", "DS_", "HF_", "TRANSFORMERS_", "DATASETS_", "WANDB_", "TRAIN_", "MEGATRON_",
 )  # fmt: skip
 _MODULE_INITS = (
     "${MODULESHOME:-}/init/bash", "/etc/profile.d/modules.sh", "/etc/profile.d/lmod.sh", "/usr/share/modules/init/bash",

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from train.cluster.allocation import Allocation
 
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the older name
+
 
 def rank_argv(module: str) -> list[str]:
     """The beginning of the command that runs `module` in a rank; the module's own arguments follow."""
@@ -36,4 +38,7 @@ def rank_environment(allocation: Allocation, *, extensions_dir: Path) -> dict[st
         environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
         # threads that spin while they wait slow everything down several times once the cores are shared
         environment["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
+    elif not any(name in os.environ for name in _ALLOCATOR):
+        # blocks that grow: without them a tenth and more of a GPU's memory is lost between tensors
+        environment[_ALLOCATOR[0]] = "expandable_segments:True"
     return environment

@@ -1,7 +1,7 @@
 """What a finetuning tells while it runs: a line for people, a JSON object for programs, W&B for each node.
 
-The keys in metrics.jsonl are those of pretraining: step, tokens, loss, lr, grad_norm, tokens_per_second, eval_loss,
-eval_perplexity; `epoch` and `token_accuracy` are added.
+The keys in metrics.jsonl are those of pretraining: step, tokens, loss, lr, grad_norm, tokens_per_second,
+gpu_memory_gib, eval_loss, eval_perplexity; `epoch`, `token_accuracy` and `gpu_memory_allocated_gib` are added.
 """
 
 from __future__ import annotations
@@ -29,26 +29,36 @@ class Reporting(TrainerCallback):
         self._metrics = metrics
         self._wandb_run = wandb_run
         self._last_step = self._last_tokens = self._tokens_before = 0
-        self._step_began, self._seconds = 0.0, 0.0
+        self._counted_to: float | None = None  # the moment up to which time is in `_seconds`; None while pausing
+        self._seconds = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._last_step = state.global_step
         self._tokens_before = _tokens(self._metrics)  # a resumed trainer counts from zero
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._step_began = time.monotonic()
+        if self._counted_to is None:
+            self._counted_to = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._seconds += time.monotonic() - self._step_began  # saving and evaluating are not training
+        self._count()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._counted_to = None  # saving and evaluating are not training
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         logs = logs or {}
+        memory: dict[str, float] = {}
+        if "loss" in logs:
+            # A GPU may still have been at work when the last step ended; the trainer has waited for it to read the loss.
+            self._count()
+            memory = _peak_memory(args.device)
         if not state.is_world_process_zero:
             return
         if self._wandb_run is not None:  # other nodes' runs show the machine only, as in the seeds
-            self._wandb_run.log(logs, step=state.global_step)
+            self._wandb_run.log(logs | memory, step=state.global_step)
         if "loss" in logs:
-            self._training(state, logs)
+            self._training(state, logs, memory)
         elif "eval_loss" in logs:
             self._evaluation(state, logs)
 
@@ -60,8 +70,16 @@ class Reporting(TrainerCallback):
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             checkpoint_mark(checkpoint).touch()
             print(f"step {state.global_step:,}: checkpoint saved", flush=True)
+        self._counted_to = None
 
-    def _training(self, state: Any, logs: dict[str, float]) -> None:
+    def _count(self) -> None:
+        """Counts the time since it was last counted: computing, waiting for data, and telling about it."""
+        now = time.monotonic()
+        if self._counted_to is not None:
+            self._seconds += now - self._counted_to
+            self._counted_to = now
+
+    def _training(self, state: Any, logs: dict[str, float], memory: dict[str, float]) -> None:
         seconds = max(self._seconds, 1e-9)
         steps = state.global_step - self._last_step
         tokens = int(logs.get("num_tokens", 0))
@@ -73,7 +91,9 @@ class Reporting(TrainerCallback):
             f"step {state.global_step:,}/{state.max_steps:,} ({state.global_step / state.max_steps:.0%})"
             f" | epoch {logs.get('epoch', 0):.2f} | loss {logs['loss']:.4f} | lr {logs['learning_rate']:.2e}"
             + ("" if norm is None else f" | grad norm {norm:.2f}")
-            + f" | {rate:,.0f} tokens/s | {progress.duration(left_s)} left",
+            + f" | {rate:,.0f} tokens/s"
+            + (f" | {memory['gpu_memory_gib']:.1f} GiB" if memory else "")
+            + f" | {progress.duration(left_s)} left",
             flush=True,
         )
         record = {
@@ -84,12 +104,27 @@ class Reporting(TrainerCallback):
             "lr": logs["learning_rate"],
             "tokens_per_second": round(rate, 1),
             "token_accuracy": logs.get("mean_token_accuracy"),
+            **memory,
         }
         progress.append(self._metrics, record if norm is None else record | {"grad_norm": norm})
 
     def _evaluation(self, state: Any, logs: dict[str, float]) -> None:
         evaluation = progress.show_evaluation(state.global_step, logs["eval_loss"])
         progress.append(self._metrics, {"step": state.global_step, **evaluation})
+
+
+def _peak_memory(device: Any) -> dict[str, float]:
+    """The most GPU memory that any rank has taken so far, in GiB: from the GPU, and by tensors. Empty on a CPU.
+
+    All ranks call it together.
+    """
+    if device.type != "cuda":
+        return {}
+    peaks = torch.tensor([torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()], device=device)
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(peaks, op=torch.distributed.ReduceOp.MAX)
+    reserved, allocated = (round(value / 2**30, 2) for value in peaks.tolist())
+    return {"gpu_memory_gib": reserved, "gpu_memory_allocated_gib": allocated}
 
 
 def _tokens(metrics: Path) -> int:
