@@ -15,7 +15,8 @@ from train.finetune import chat_template
 from train.model_sizes import MODEL_SIZES, ModelSize
 
 _SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
-_TEMPLATES = ("### Human:", "### Assistant:")
+# transformers' own mask of the answers, which TRL uses, is empty when a blank of no token stands at their beginning.
+_TEMPLATES = ("### Human:\n", "### Assistant:\n")
 _AROUND = 5  # tokens: two of each template, and the end token
 _TEMPLATE_WORDS = ("###", "Human:", "Assistant:")
 

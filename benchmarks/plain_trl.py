@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Finetuning with TRL alone, as its documentation writes it: what `finetune_throughput.py` holds step 4 against.
 
-Needs nothing of this project. For several processes: python -m torch.distributed.run --nproc_per_node N plain_trl.py ...
+Needs nothing of this project. For several processes: torchrun --nproc_per_node N plain_trl.py ...
 
 The DeepSpeed configuration is the ZeRO-3 example of https://huggingface.co/docs/transformers/deepspeed without offload
 and, as in TRL's own deepspeed_zero3.yaml, without an optimizer block, so that both sides use torch's fused AdamW.

@@ -50,7 +50,7 @@ class Reporting(TrainerCallback):
         logs = logs or {}
         memory: dict[str, float] = {}
         if "loss" in logs:
-            # A GPU may still have been at work when the last step ended; the trainer has waited for it to read the loss.
+            # A GPU may have been at work when the step ended; the trainer has waited for it, to read the loss.
             self._count()
             memory = _peak_memory(args.device)
         if not state.is_world_process_zero:

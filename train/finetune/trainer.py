@@ -32,15 +32,23 @@ class FinetuneTrainer(SFTTrainer):
         self._folder = folder
         super().__init__(**arguments)
 
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
-        """One micro batch; stops the run when it trains nothing, or when its loss is no number."""
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss of one micro batch; stops the run when it trains nothing, or when its loss is no number.
+
+        Here, since TRL has just waited for the GPU to count tokens: anywhere else in a step it would have to wait anew.
+        """
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self.model.training:  # type: ignore[union-attr]  # an evaluation's loss may be anything
+            return found
+        loss = found[0] if return_outputs else found
         step = self.state.global_step + 1
         if not bool((inputs["labels"][..., 1:] != IGNORED).any()):
             raise UserError(f"step {step}: a batch has no token to train; this should have been seen before. Stopped.")
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if not bool(torch.isfinite(loss)):
+        if not bool(torch.isfinite(loss.detach())):
             raise self._non_finite(step, float(loss))
-        return loss
+        return found
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint with NaN in it would be taken for a good one."""
