@@ -33,7 +33,7 @@ _SHAPES: dict[str, dict[str, object]] = {
     },
 }  # fmt: skip
 _LAYOUTS: dict[str, dict[str, object]] = {
-    "DP2": {"zero_stage": 1},
+    "DP2": {},
     "TP2": {"tensor_parallel_size": 2, "sequence_parallel": True},
     "PP2": {"pipeline_parallel_size": 2},
 }
@@ -44,7 +44,7 @@ def pretrain(corpus: Path, output: Path, **more: object) -> list[str]:
         "input_tokenizer_file": corpus / "tok.model", "data_path": corpus / "text_text_document",
         "output_model_dir": output, "job_name": "run", "sequence_length": 1024, "micro_batch_size": 4,
         "global_batch_size": 16, "train_tokens": _STEPS * 16 * 1024, "save_interval": _SAVED, "log_interval": 1,
-        "eval_interval": 0, "precision": "bf16", "num_processes": 2, "device": "cuda",
+        "eval_interval": 0, "precision": "bf16", "zero_stage": 1, "num_processes": 2, "device": "cuda",
     }  # fmt: skip
     return ["bash", str(runs.PRETRAIN), *runs.flags({**given, **more})]
 
