@@ -1,0 +1,179 @@
+#!/usr/bin/env python3
+"""Whether the patches for speed change what a model learns: the same run with and without them, step by step, plotted.
+
+Both runs go through the launcher that users call, with the same seed and the same data (real text: give the tokens of
+your own, or those of `make demo`). The verdict goes by means over the last steps, as single steps differ by rounding.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shutil
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train import cli, outputs, process
+from train.errors import UserError, refuse
+from train.model_sizes import MODEL_SIZES
+from train.monitor.line_chart import Series, build_chart
+from train.settings import setting
+
+_SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "step2_pretrain_model" / "pretrain.py"
+_STYLE = (
+    "text{font:12px sans-serif;fill:#444}polyline{fill:none;stroke-width:1.2}.grid{stroke:#ddd}"
+    ".chart{background:#fff}circle{display:none}"
+)
+_PATCHES_FOR_SPEED = "compiled-fusions,compiled-layers,fused-cross-entropy,gradient-accumulation"
+_SMOOTHED_STEPS = 25
+
+
+@dataclass(frozen=True)
+class LossCurveSettings:
+    """Two runs to compare."""
+
+    input_tokenizer_file: Path = setting(help="SentencePiece model of the tokens")
+    data_path: Path = setting(help="prefix of real text's tokens, or the folder that holds them")
+    output_dir: Path = setting(Path("output/benchmarks/loss_curves"), help="folder for both runs, numbers and plot")
+    model_size: str = setting("gpt_0.125B", help="named shape", choices=tuple(MODEL_SIZES))
+    steps: int = setting(500, help="optimizer steps of each run")
+    flags: str = setting(
+        "--sequence_length 1024 --micro_batch_size 16 --global_batch_size 64 --precision bf16 --zero_stage 1",
+        help="further flags of pretrain.sh for both runs, in one text",
+    )
+    switched_off: str = setting(_PATCHES_FOR_SPEED, help="patches that the second run trains without")
+    gpus: tuple[str, ...] = setting((), help="a GPU number for each of the two, which then run side by side")
+    largest_difference_percent: float = setting(0.5, help="of the mean loss of the last 50 steps; more is a failure")
+    dry_run: bool = setting(False, help="print the commands", flag_only=True)
+
+
+def compare(settings: LossCurveSettings) -> int:
+    """Runs both, prints the comparison, writes loss_curves.json and loss_curves.svg; 1 when they differ too much."""
+    refuse(_problems(settings))
+    names = ("patched", "unpatched")
+    commands = [_command(settings, number, name) for number, name in enumerate(names)]
+    if settings.dry_run:
+        for command in commands:
+            print(command.text())
+        return 0
+    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(max_workers=2 if settings.gpus else 1) as pool:
+        losses = dict(
+            zip(names, pool.map(lambda pair: _run(settings, *pair), zip(names, commands, strict=True)), strict=True)
+        )
+    found = difference(losses["patched"], losses["unpatched"])
+    outputs.write_text(settings.output_dir / "loss_curves.json", json.dumps({**found, "losses": losses}) + "\n")
+    outputs.write_text(settings.output_dir / "loss_curves.svg", plot(settings.model_size, losses))
+    print(f"{settings.model_size}, {settings.steps} steps, {settings.flags}")
+    print(f"without: {settings.switched_off}")
+    for name, value in found.items():
+        print(f"{name}: {value:.4g}")
+    return int(not abs(found["final_difference_percent"]) <= settings.largest_difference_percent)
+
+
+def difference(patched: Sequence[float], unpatched: Sequence[float]) -> dict[str, float]:
+    """How two loss curves differ.
+
+    Returns:
+        The mean losses of the last 50 steps (a tenth of a shorter run) and their difference in percent; the largest
+        difference in percent of means over 25 steps after the first tenth; the drift: how much that difference grows
+        from the second to the last quarter, in percentage points.
+
+    Raises:
+        UserError: the curves are of different lengths, or too short.
+    """
+    steps = len(patched)
+    if steps != len(unpatched) or steps < 4:
+        raise UserError(f"{steps} and {len(unpatched)} losses: two runs of the same length were expected.")
+    last = min(50, -(-steps // 10))
+    ends = [statistics.fmean(curve[-last:]) for curve in (patched, unpatched)]
+    width = min(_SMOOTHED_STEPS, last)
+    apart = [
+        100 * (statistics.fmean(patched[at : at + width]) / statistics.fmean(unpatched[at : at + width]) - 1)
+        for at in range(steps // 10, steps - width + 1)
+    ]
+    quarter = max(len(apart) // 4, 1)
+    return {
+        "final_patched": ends[0],
+        "final_unpatched": ends[1],
+        "final_difference_percent": 100 * (ends[0] / ends[1] - 1),
+        "largest_smoothed_difference_percent": max(apart, key=abs),
+        "drift_percent_points": statistics.fmean(apart[-quarter:]) - statistics.fmean(apart[quarter : 2 * quarter]),
+    }
+
+
+def plot(title: str, losses: Mapping[str, Sequence[float]]) -> str:
+    """Both curves as an SVG file."""
+    series = [Series(name, list(enumerate(values, start=1))) for name, values in losses.items()]
+    drawn, *keys = re.split(r"(?<=</svg>)", build_chart(title, series), maxsplit=1)
+    colours = re.findall(r'style="color:(#\w+)"', "".join(keys))
+    legend = "".join(
+        f'<text x="600" y="{24 + 16 * number}" style="fill:{colour}">{name}</text>'
+        for number, (name, colour) in enumerate(zip(losses, colours, strict=True))
+    )
+    head = '<svg xmlns="http://www.w3.org/2000/svg" '
+    return drawn.replace("<svg ", head, 1).replace("</svg>", f"{legend}<style>{_STYLE}</style></svg>") + "\n"
+
+
+def _problems(settings: LossCurveSettings) -> list[str]:
+    problems = []
+    if settings.gpus and len(settings.gpus) != 2:
+        problems.append(f"--gpus {' '.join(settings.gpus)}: two were expected, one for each run.")
+    if settings.steps < 4:
+        problems.append(f"--steps {settings.steps}: at least 4 were expected.")
+    return problems
+
+
+def _command(settings: LossCurveSettings, number: int, name: str) -> process.Command:
+    words = settings.flags.split()
+    sizes = dict(itertools.pairwise(words))
+    step_tokens = int(sizes.get("--sequence_length", 0)) * int(sizes.get("--global_batch_size", 0))
+    if not step_tokens:
+        raise UserError(f"--flags {settings.flags!r}: --sequence_length and --global_batch_size are needed.")
+    given: dict[str, Any] = {
+        "input_tokenizer_file": settings.input_tokenizer_file,
+        "data_path": settings.data_path,
+        "output_model_dir": settings.output_dir / name,
+        "job_name": "run",
+        "model_size": settings.model_size,
+        "train_tokens": settings.steps * step_tokens,
+        "lr_warmup_tokens": settings.steps * step_tokens // 10,
+        "eval_interval": 0,
+        "save_interval": 10 * settings.steps,
+        "log_interval": 1,
+        "engine": "megatron-deepspeed",
+        "num_processes": 1,
+    }
+    argv = [sys.executable, str(_SCRIPT), *(word for key, value in given.items() for word in (f"--{key}", str(value)))]
+    environment = {} if name == "patched" else {"TRAIN_DISABLED_PATCHES": settings.switched_off}
+    if settings.gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = settings.gpus[number]
+    return process.Command((*argv, *words, "--overwrite"), environment)
+
+
+def _run(settings: LossCurveSettings, name: str, command: process.Command) -> list[float]:
+    code, said = process.capture(command)
+    outputs.write_text(settings.output_dir / f"{name}.log", said)
+    if code != 0:
+        last = "\n".join(said.strip().splitlines()[-5:])
+        raise UserError(f"the {name} run ended with exit code {code}:\n{last}")
+    shutil.rmtree(settings.output_dir / name / "checkpoint")
+    lines = (settings.output_dir / name / "metrics" / "run.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    example = "benchmarks/loss_curves.py --input_tokenizer_file output/demo/tokenizer/demo.model" + (
+        " --data_path output/demo/tokens"
+    )
+    return cli.run(LossCurveSettings, compare, argv, description=__doc__, example=example)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import importlib.util
+import random
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from train.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def loss_curves(project_root: Path) -> ModuleType:
+    """benchmarks/loss_curves.py as a module."""
+    spec = importlib.util.spec_from_file_location("loss_curves", project_root / "benchmarks" / "loss_curves.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def curve(steps: int = 500) -> list[float]:
+    noise = random.Random(1)
+    return [3 + 5 / (1 + step / 50) + noise.uniform(-0.05, 0.05) for step in range(steps)]
+
+
+def test_equal_curves_do_not_differ(loss_curves: ModuleType) -> None:
+    found = loss_curves.difference(curve(), curve())
+    assert found["final_difference_percent"] == found["largest_smoothed_difference_percent"] == 0
+    assert found["drift_percent_points"] == 0 and found["final_patched"] == pytest.approx(3.48, abs=0.03)
+
+
+def test_a_constant_factor_is_a_difference_without_drift(loss_curves: ModuleType) -> None:
+    found = loss_curves.difference([1.01 * loss for loss in curve()], curve())
+    assert found["final_difference_percent"] == pytest.approx(1)
+    assert found["drift_percent_points"] == pytest.approx(0, abs=1e-9)
+
+
+def test_curves_that_part_drift(loss_curves: ModuleType) -> None:
+    parting = [loss * (1 + 0.01 * step / 500) for step, loss in enumerate(curve())]
+    found = loss_curves.difference(parting, curve())
+    assert found["largest_smoothed_difference_percent"] == pytest.approx(0.97, abs=0.01)
+    assert found["drift_percent_points"] > 0.3
+
+
+@pytest.mark.parametrize(("first", "second"), [([1.0] * 3, [1.0] * 3), ([1.0] * 9, [1.0] * 8)])
+def test_runs_that_cannot_be_compared(loss_curves: ModuleType, first: list[float], second: list[float]) -> None:
+    with pytest.raises(UserError, match="same length"):
+        loss_curves.difference(first, second)
+
+
+def test_the_plot_is_a_file_of_its_own(loss_curves: ModuleType) -> None:
+    drawn = loss_curves.plot("gpt_0.125B", {"patched": curve(50), "unpatched": curve(50)})
+    assert drawn.startswith("<svg xmlns=") and drawn.rstrip().endswith("</svg>")
+    assert re.findall(r'data-name="(\w+)"', drawn) == ["patched", "unpatched"]
+    assert ">patched</text>" in drawn and ">unpatched</text>" in drawn
+
+
+def test_what_is_asked_wrongly_is_told_at_once(loss_curves: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--input_tokenizer_file", "t.model", "--data_path", "d", "--steps", "2", "--gpus", "0"]
+    assert loss_curves.main(words) == 2
+    said = capsys.readouterr().err
+    assert "--steps 2" in said and "--gpus 0" in said
