@@ -1,0 +1,26 @@
+"""The planner's constants that no data sheet and no source tells, in one place, each with where it comes from."""
+
+from __future__ import annotations
+
+# --- memory ---
+LOGITS_KEPT = (
+    2  # DeepSpeed's pipeline engine leaves the last stage's outputs in both of its buffers (_exec_forward_pass)
+)
+RESERVED_OVER_ALLOCATED = 1.02  # estimated: gpu_memory_gib is what the allocator reserved, with expandable segments
+LIBRARIES_GIB = 0.3  # estimated: workspaces of cuBLAS and cuDNN, which come from torch's allocator
+OUTSIDE_TORCH_GIB = 1.2  # estimated: CUDA context and kernels
+NCCL_GIB = 1.0  # estimated: buffers of NCCL, where there is more than one rank
+
+# --- speed ---
+MATRIX_SHARE = 0.885  # of the data sheet, for endlessly large matrices: 788 TFLOP/s for 8192 cubed on an H200, measured
+MATRIX_HALF_WIDTH = 300.0  # a product of [m, k] x [k, n] attains 1 / (1 + 300/m + 300/n + 300/k) of that
+TRAINING_SHARE = 0.92  # of that, in training: 10.8 us per token of GPT 1.28B in matrix products on an H200, measured
+ATTENTION_HALF_LENGTH = 400.0  # attention at length s attains s / (s + 400)
+NARROW_HEADS_SHARE = 0.75  # attention with heads narrower than 128, estimated
+MEMORY_SHARE = 0.75  # of the data sheet's bandwidth, in passes of compiled kernels, estimated
+LINK_SHARE = 0.75  # of NVLink's, for NCCL's bus bandwidth, estimated
+NETWORK_SHARE = 0.85  # of the network's, estimated
+COLLECTIVE_S = 20e-6  # start of one collective, estimated
+PIPELINE_HOP_S = 150e-6  # one send and receive of DeepSpeed's pipeline engine, estimated
+LAYER_LAUNCH_S = 0.7e-3  # Python and kernel launches of one layer, forward and backward: the GPU may wait, estimated
+STEP_S = 15e-3  # data, log and Python around each step, estimated
