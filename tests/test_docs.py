@@ -21,6 +21,7 @@ CHAINS = [
     [
         "docs/step1_train_tokenizer.md",
         "docs/step2_preprocess.md",
+        "docs/plan.md",
         "docs/step2_pretrain_model.md",
         "docs/step3_upload_pretrained_model.md",
         "docs/step4_finetune_model.md",

@@ -35,6 +35,7 @@ DRY_RUNS = {
     "preprocess_data.py": ["--input", "no.jsonl", "--input_tokenizer_file", "no.model", "--output_prefix", "{out}"],
     "pretrain.py": ["--recipe", "gpt_0.125B", "--engine", "transformers", "--device", "cpu", "--input_tokenizer_file",
                     "no.model", "--data_path", "no", "--output_model_dir", "{out}"],
+    "plan.py": None,
     "convert_huggingface_model_to_megatron_deepspeed.py": [
         "--input_model_dir", "no", "--output_checkpoint_dir", "{out}"],
     "convert_tokenizer_and_pretrained_model_to_huggingface_transformers.py": [

@@ -63,6 +63,12 @@ def test_a_ranks_parameters_are_those_that_the_engine_saved(folder: str, shape: 
     assert stages - twice == saved
 
 
+def test_stages_have_the_parameters_that_the_engine_counted() -> None:
+    """PP2 on a CPU, hidden 64, 120 tokens: both stages have the tied embedding, the last one positions and norm too."""
+    shape = dataclasses.replace(TINY, hidden=64, heads=4, key_value=64, ffn=256, sequence=32, vocab_size=120)
+    assert [shape.stage_parameters(stage, pipeline=2) for stage in range(2)] == [60_224, 60_352]
+
+
 def test_state_by_hand() -> None:
     """GPT 1.28B on one rank: 2 + 4 + 12 bytes of 1.2783 billion parameters (vocabulary 32,000, a multiple of 128)."""
     found = memory.stage_memory(shape_of("gpt_1.3B"), ONE, "bf16", 0)
