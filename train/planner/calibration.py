@@ -20,6 +20,7 @@ NARROW_HEADS_SHARE = 0.75  # attention with heads narrower than 128, estimated
 MEMORY_SHARE = 0.75  # of the data sheet's bandwidth, in passes of compiled kernels, estimated
 LINK_SHARE = 0.75  # of NVLink's, for NCCL's bus bandwidth, estimated
 NETWORK_SHARE = 0.85  # of the network's, estimated
+TENSOR_OVERLAP = 0.0  # part of the tensor ranks' collectives that other work hides
 COLLECTIVE_S = 20e-6  # start of one collective, estimated
 PIPELINE_HOP_S = 150e-6  # one send and receive of DeepSpeed's pipeline engine, estimated
 LAYER_LAUNCH_S = 0.7e-3  # Python and kernel launches of one layer, forward and backward: the GPU may wait, estimated

@@ -2,8 +2,8 @@
 
 seconds = step_seconds(shape, layout, "bf16", cluster)
 
-Everything is counted; what a count is worth in seconds stands in gpus.py and calibration.py. Nothing overlaps, as
-nothing does in the engine but launches.
+Everything is counted; what a count is worth in seconds stands in gpus.py and calibration.py. Nothing overlaps but what
+calibration.py says of the tensor ranks' collectives.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def layer_seconds(shape: Shape, layout: Layout, precision: str, cluster: Cluster
     seconds += _passes(value * tokens * (forwards * forward + backward), gpu)
     seconds = max(seconds, calibration.LAYER_LAUNCH_S * (4 / 3 if layout.recompute else 1))
     collectives = 2 * (forwards + 1)  # with sequence parallelism each is a gather and a scatter, of the same bytes
-    return seconds + collectives * all_reduce_seconds(value * tokens * shape.hidden, cluster, stride=1, size=tensor)
+    waiting = all_reduce_seconds(value * tokens * shape.hidden, cluster, stride=1, size=tensor)
+    return seconds + collectives * waiting * (1 - calibration.TENSOR_OVERLAP)
 
 
 def matrix_seconds(rows: int, columns: int, inner: int, precision: str, gpu: Gpu) -> float:
