@@ -155,8 +155,11 @@ def _environment(settings: ThroughputSettings, processes: int) -> dict[str, str]
     if settings.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
         environment["OMP_WAIT_POLICY"] = "PASSIVE"  # as step 4 has it: threads that spin slow shared cores down
-    elif processes == 1:
+        return environment
+    if processes == 1:
         environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    if not any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # as step 4 has it; memory is compared
     return environment
 
 

@@ -120,10 +120,12 @@ def _peak_memory(device: Any) -> dict[str, float]:
     """
     if device.type != "cuda":
         return {}
-    peaks = torch.tensor([torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()], device=device)
+    peaks = [torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()]
     if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(peaks, op=torch.distributed.ReduceOp.MAX)
-    reserved, allocated = (round(value / 2**30, 2) for value in peaks.tolist())
+        of_all = torch.tensor(peaks, device=device)
+        torch.distributed.all_reduce(of_all, op=torch.distributed.ReduceOp.MAX)
+        peaks = of_all.tolist()
+    reserved, allocated = (round(value / 2**30, 2) for value in peaks)
     return {"gpu_memory_gib": reserved, "gpu_memory_allocated_gib": allocated}
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from train.finetune import methods
 from train.finetune.folder import FinetuneFolder
 from train.finetune.settings import FinetuneSettings
 
@@ -50,8 +51,7 @@ def own(
         "bf16": settings.bf16,
         "fp16": settings.fp16,
         "gradient_checkpointing": settings.gradient_checkpointing,
-        # Under ZeRO-3 the other kind meets weights that were let go of meanwhile.
-        "gradient_checkpointing_kwargs": {"use_reentrant": deepspeed_config is not None},
+        "gradient_checkpointing_kwargs": {"use_reentrant": _needs_reentrant(settings)},
         "max_length": settings.max_seq_length,
         "packing": settings.packing,
         "eval_packing": False,
@@ -78,6 +78,15 @@ def own(
         "report_to": ["tensorboard"],
         "disable_tqdm": True,
     }
+
+
+def _needs_reentrant(settings: FinetuneSettings) -> bool:
+    """Whether checkpointing must be of the re-entrant kind, which computes each layer to its end once more.
+
+    Under ZeRO-3 the other kind meets weights that were let go of meanwhile, if they are not trained. TRL has the same
+    rule for adapters. A DeepSpeed file of the user's counts as ZeRO-3.
+    """
+    return methods.of(settings) != "full" and (settings.zero_stage == 3 or settings.deepspeed is not None)
 
 
 def given(settings: FinetuneSettings) -> dict[str, Any]:
