@@ -154,6 +154,15 @@ def test_a_llama_in_sequence_parallel_is_the_llama_without(pretrain: Any, output
     assert distance_to_golden(output / "checkpoint" / "llama_sp" / "global_step8", tmp_path / "hf") < 1e-5
 
 
+def test_sequence_parallel_stages_hand_over_their_own_shares(tp2_pp2: Path, pretrain: Any, output: Path) -> None:
+    """DeepSpeed would put one stream together from parts of different shares: no error, and a wrong loss."""
+    layout = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "num_processes": 4}
+    done = pretrain("sp_pp2", **layout, sequence_parallel=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    plain, split = ([r["loss"] for r in metrics(output, job) if "loss" in r] for job in (tp2_pp2.name, "sp_pp2"))
+    assert len(plain) == 8 and split == pytest.approx(plain, rel=1e-6)
+
+
 def test_gpts_positions_and_biases_in_sequence_parallel(pretrain: Any, output: Path, tmp_path: Path) -> None:
     layout = {"tensor_parallel_size": 2, "num_processes": 2, "sequence_parallel": True}
     done = pretrain("gpt_sp", **layout, log_optimizer_state=True, zero_stage=1)

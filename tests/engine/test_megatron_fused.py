@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from megatron_tiny_run import flags, write_corpus
 
-from train.engine.megatron_deepspeed import checkout, transformer_layer
-from train.engine.megatron_deepspeed.patches import DISABLED_VARIABLE, FORCED_VARIABLE, fused_cross_entropy
+from train.engine.megatron_deepspeed import checkout, half_batches, transformer_layer
+from train.engine.megatron_deepspeed.patches import (
+    DISABLED_VARIABLE,
+    FORCED_VARIABLE,
+    compiled_layers,
+    fused_cross_entropy,
+)
 from train.engine.megatron_deepspeed.transformer_layer import InParts, LayerShape, LayerWeights
 
 SHAPE = LayerShape(groups=2, queries_per_group=2, head_dim=4, epsilon=1e-5, activation="swiglu")
@@ -27,6 +35,38 @@ def weights() -> LayerWeights:
     }  # fmt: skip
     names = LayerWeights.__dataclass_fields__
     return LayerWeights(**{name: torch.randn(sizes[name]) if name in sizes else None for name in names})
+
+
+def biased_weights() -> LayerWeights:
+    """Those of GPT: layer norms and biases; as much in the feed-forward layer as its activation leaves."""
+    import torch
+
+    plain = weights()
+    up = torch.randn(INSIDE, HIDDEN)
+    biases = {f"{name}_bias": torch.randn(getattr(plain, name).shape[0]) for name in ("norm1", "qkv", "dense", "norm2")}
+    return dataclasses.replace(plain, up=up, up_bias=torch.randn(INSIDE), down_bias=torch.randn(HIDDEN), **biases)
+
+
+def weights_of_ones() -> LayerWeights:
+    """Weights that are the same at every call."""
+    import torch
+
+    return LayerWeights(
+        **{
+            name: None if value is None else torch.full_like(value, 0.1)
+            for name, value in dataclasses.asdict(weights()).items()
+        }
+    )
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    """A process group of this process alone."""
+    import torch
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
 
 
 def test_a_layer_in_parts_is_the_layer_in_one() -> None:
@@ -47,26 +87,69 @@ def test_a_layer_in_parts_is_the_layer_in_one() -> None:
     assert not torch.allclose(one, transformer_layer.whole(stream, given, None, None, SHAPE))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_loss_and_its_gradient_are_those_of_cross_entropy(dtype: str) -> None:
+@pytest.mark.parametrize("exchanges", [half_batches.sums, half_batches.shares])
+@pytest.mark.parametrize("biased", [False, True])
+def test_two_half_batches_give_the_layer_and_its_gradients(exchanges: Any, biased: bool, one_rank: None) -> None:
     import torch
 
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        torch.manual_seed(4)
-        logits = (10 * torch.randn(5, 2, 30)).to(getattr(torch, dtype)).requires_grad_()
-        target = torch.randint(30, (5, 2))
-        loss = fused_cross_entropy.cross_entropy(lambda function: function, lambda: None)(logits, target)
-        expected = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="none")
-        torch.testing.assert_close(loss, expected.view(5, 2))
-        assert loss.dtype == torch.float32
-        upstream = torch.linspace(0.1, 1, 10).view(5, 2)
-        found, wanted = (
-            torch.autograd.grad((result * upstream).sum(), logits)[0] for result in (loss, expected.view(5, 2))
-        )
-        torch.testing.assert_close(found, wanted)
-    finally:
-        torch.distributed.destroy_process_group()
+    shape = dataclasses.replace(SHAPE, activation="gelu_tanh") if biased else SHAPE
+    results = []
+    for layer in (half_batches.InHalves(exchanges(None), lambda it: it).layer(), transformer_layer.whole):
+        torch.manual_seed(3)
+        given = biased_weights() if biased else weights()
+        held = [value.requires_grad_() for value in dataclasses.astuple(given) if value is not None]
+        stream = torch.randn(6, 4, HIDDEN).requires_grad_()
+        output = layer(layer(2 * stream, given, None, None, shape), given, None, None, shape)
+        (output**2).mean().backward()
+        results.append([output, stream.grad, *(value.grad for value in held)])
+    assert len(results[0]) == (14 if biased else 8)
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("batch", "has_gradient", "halved"), [(4, True, True), (3, True, False), (4, False, False)])
+def test_only_batches_that_can_be_halved_are(
+    batch: int, has_gradient: bool, halved: bool, one_rank: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.setattr(compiled_layers, "_halves_batches", True)
+    none = types.SimpleNamespace(
+        get_tensor_model_parallel_world_size=lambda: 2, get_tensor_model_parallel_group=lambda: None,
+        copy_to_tensor_model_parallel_region=lambda values: values,
+        reduce_from_tensor_model_parallel_region=lambda values: values, sequence_parallel=False,
+    )  # fmt: skip
+    compiled: list[str] = []
+
+    def noted(function: Any) -> Any:
+        return lambda *given: (compiled.append(function.__name__), function(*given))[1]
+
+    layer = compiled_layers._layer_function(noted, none, none, none)
+    stream = torch.randn(6, batch, HIDDEN, requires_grad=has_gradient)
+    torch.testing.assert_close(
+        layer(stream, weights_of_ones(), None, None, SHAPE),
+        transformer_layer.whole(stream, weights_of_ones(), None, None, SHAPE),
+    )
+    assert compiled.count("attention_part") == (0 if halved else 1)
+    assert compiled.count("enter") == int(halved)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_loss_and_its_gradient_are_those_of_cross_entropy(dtype: str, one_rank: None) -> None:
+    import torch
+
+    torch.manual_seed(4)
+    logits = (10 * torch.randn(5, 2, 30)).to(getattr(torch, dtype)).requires_grad_()
+    target = torch.randint(30, (5, 2))
+    loss = fused_cross_entropy.cross_entropy(lambda function: function, lambda: None)(logits, target)
+    expected = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="none")
+    torch.testing.assert_close(loss, expected.view(5, 2))
+    assert loss.dtype == torch.float32
+    upstream = torch.linspace(0.1, 1, 10).view(5, 2)
+    found, wanted = (
+        torch.autograd.grad((result * upstream).sum(), logits)[0] for result in (loss, expected.view(5, 2))
+    )
+    torch.testing.assert_close(found, wanted)
 
 
 def test_ids_of_other_ranks_count_nothing_here() -> None:
@@ -78,8 +161,9 @@ def test_ids_of_other_ranks_count_nothing_here() -> None:
 
 
 LAYOUTS: dict[str, dict[str, object]] = {
-    "gpt_tp2_pp2": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "num_processes": 4},
+    "gpt_tp2_pp2": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "num_processes": 4, "micro_batch_size": 2},
     "llama_sp": {
+        "micro_batch_size": 2,
         "tensor_parallel_size": 2,
         "sequence_parallel": True,
         "num_processes": 2,
@@ -87,7 +171,7 @@ LAYOUTS: dict[str, dict[str, object]] = {
         "num_key_value_heads": 2,
         "ffn_hidden_size": 24,
     },
-    "bf16": {"precision": "bf16", "zero_stage": 1, "num_processes": 1},
+    "bf16": {"precision": "bf16", "zero_stage": 1, "num_processes": 2, "micro_batch_size": 1},
 }
 
 
@@ -101,8 +185,8 @@ def test_the_engine_trains_to_the_same_losses(name: str, launch: Any, tmp_path: 
     corpus = write_corpus(tmp_path)
     losses = []
     for job, environment in (
-        ("upstream", {DISABLED_VARIABLE: "cpu-kernels"}),
-        ("fused", {FORCED_VARIABLE: "compiled-layers,fused-cross-entropy"}),
+        ("upstream", {DISABLED_VARIABLE: "cpu-kernels,gradient-reduction,last-outputs"}),
+        ("fused", {FORCED_VARIABLE: "compiled-layers,half-batches,fused-cross-entropy"}),
     ):
         words = flags(corpus, tmp_path / "out", job_name=job, **LAYOUTS[name])
         done = launch("step2_pretrain_model/pretrain.sh", *words, environment=environment)

@@ -123,7 +123,11 @@ def test_learning_rate_is_in_samples_that_cover_the_tokens() -> None:
         ("fp32", {}),
         (
             "bf16",
-            {"bf16": {"enabled": True, "immediate_grad_update": True}, "data_types": {"grad_accum_dtype": "fp32"}},
+            {
+                "bf16": {"enabled": True, "immediate_grad_update": True},
+                "data_types": {"grad_accum_dtype": "fp32"},
+                "communication_data_type": "fp32",
+            },
         ),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 from train import settings
 from train.cluster.allocation import Allocation
@@ -73,6 +74,9 @@ def _environment(
     environment["PYTHONPATH"] = checkout.python_path(found.path)
     if recipe.parallel.sequence_parallel:
         environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # upstream refuses to overlap communication otherwise
+    if allocation.device == "cuda" and recipe.parallel.tensor_parallel_size > 1:
+        # what tensor ranks exchange is what the next kernels wait for: it goes first
+        environment["TORCH_NCCL_HIGH_PRIORITY"] = os.environ.get("TORCH_NCCL_HIGH_PRIORITY", "1")
     if allocation.device == "cpu":
         # DeepSpeed's CPU accelerator takes this for the number of devices; its own launcher sets it, no other does
         environment["LOCAL_SIZE"] = str(allocation.processes_per_host)

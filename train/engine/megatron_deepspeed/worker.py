@@ -82,7 +82,8 @@ def pretrain(run: patches.Run, arguments: Sequence[str], *, leads: bool) -> None
     """
     script = pretrain_script()
     # four lines a rank about upstream's age, above everything a user wants to see
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron\.")
+    for module in (r"megatron\.", r"torch\.distributed"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
     for done in patches.apply_all(run, patches.disabled_names(os.environ)):
         if leads:
             print(f"patch {done.patch.name}: {done.state}" + (f" - {done.detail}" if done.detail else ""), flush=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from train.engine.megatron_deepspeed import bias_gelu, transformer_layer
+from train.engine.megatron_deepspeed import bias_gelu, half_batches, transformer_layer
 from train.engine.megatron_deepspeed.patches import Patch, Run
 from train.engine.megatron_deepspeed.transformer_layer import InParts, LayerShape, LayerWeights
 
@@ -60,6 +60,15 @@ def is_plain(args: Any) -> bool:
         and getattr(args, "rotary_percent", 1.0) == 1.0
         and not any(getattr(args, name, None) for name in odd)
     )
+
+
+_halves_batches = False
+
+
+def halve_batches() -> None:
+    """Lets tensor ranks exchange one half of a micro batch while they compute the other (half_batches.py)."""
+    global _halves_batches
+    _halves_batches = True
 
 
 def install(run_compiled: Any) -> None:
@@ -119,7 +128,18 @@ def _layer_function(run_compiled: Any, mpu: Any, mappings: Any, args: Any) -> An
             mappings.copy_to_tensor_model_parallel_region,
             mappings.reduce_from_tensor_model_parallel_region,
         )
-    return InParts(spread, gather, run_compiled).layer()
+    in_parts = InParts(spread, gather, run_compiled).layer()
+    if not _halves_batches:
+        return in_parts
+    exchange = half_batches.shares if args.sequence_parallel else half_batches.sums
+    in_halves = half_batches.InHalves(exchange(mpu.get_tensor_model_parallel_group()), run_compiled).layer()
+
+    def run(stream: Any, *others: Any) -> Any:
+        """Halves where there is something to be gained and a batch that can be halved."""
+        halves = stream.requires_grad and stream.shape[1] % 2 == 0
+        return (in_halves if halves else in_parts)(stream, *others)
+
+    return run
 
 
 def _apply(run: Run) -> str:
