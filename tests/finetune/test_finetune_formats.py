@@ -221,6 +221,28 @@ def test_a_format_can_be_forced() -> None:
         parse_record(record, _reading(data_format="squad"))
 
 
+USERS = [
+    # record, prompt template, the question and its further fields
+    ({"instruction": "", "input": "only", "output": "A"}, "dolly_ja", "only", {}),
+    ({"input": "only", "output": "A"}, "dolly_ja", "only", {}),
+    ({"instruction": "Q", "input": " ", "output": "A"}, "dolly_ja", "Q", {}),
+    ({"question": "Q", "answer": "A", "input": "not this"}, "squad", "Q", {}),
+    ({"question": "Q", "context": "C", "answer": "A", "input": "not this"}, "squad", "Q", {"input": "C"}),
+    ({"prompt": "Q", "input": "C", "completion": "A"}, "{prompt} {input} {output}", "Q", {"input": "C"}),
+    ({"instruction": "Q", "category": "C", "output": "A"}, "{category} {instruction}", "Q", {"category": "C"}),
+    ({"instruction": "Q", "category": None, "output": "A"}, "{category} {instruction}", "Q", {}),
+    ({"instruction": "Q", "system": "S", "output": "A"}, "{system} {instruction}", "Q", {"system": "S"}),
+]
+
+
+@pytest.mark.parametrize(("record", "template", "question", "fields"), USERS)
+def test_each_text_of_a_record_has_one_place(
+    record: dict[str, Any], template: str, question: str, fields: dict[str, str]
+) -> None:
+    user, _ = parse_record(record, _reading(template))[1]
+    assert (user.role, user.content, dict(user.fields)) == ("user", question, fields)
+
+
 BAD_RECORDS = [
     ({"instruction": "Q", "output": " "}, None, "message 2, by assistant, is empty"),
     ({"instruction": "", "input": "", "output": "A"}, "dolly_ja", "message 1, by user, is empty"),

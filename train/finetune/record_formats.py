@@ -1,6 +1,8 @@
 """What a record of finetuning data looks like: six forms, told apart by their keys, all read as messages.
 
-    parse_record({"instruction": "Add.", "input": "1 2", "output": "3"}, Reading("### Human:", "### Assistant:"))
+    reading = Reading("### Human:", "### Assistant:")
+    parse_record({"instruction": "Add.", "input": "1 2", "output": "3"}, reading)    # to train on
+    parse_question({"instruction": "Add.", "answers": ["3", "three"]}, reading)      # to ask
 
 | format | keys | is read as |
 |---|---|---|
@@ -12,51 +14,51 @@
 | `squad` | `context`, `question`, `answers` | see `train.finetune.squad`; `answer` for a text; `context` if any |
 | `text` | `text` | llm-jp-sft: `### Human: ... ### Assistant: ...`; what stands before is the system text |
 
-A conversation is an optional system message, then questions and answers in turn. What follows the last answer is left
-out: nothing in it could be trained.
+A conversation is an optional system message, which a key `system` may hold, then questions and answers in turn. What
+follows the last answer is left out: nothing in it could be trained.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from train.data.document_formats import BadDocumentError, check_text
-from train.finetune import squad
-from train.finetune.prompt_notation import ANSWER, INPUT, INSTRUCTION
-from train.finetune.prompt_template import PromptTemplate
+from train.finetune import record_turns, squad
+from train.finetune.prompt_notation import INPUT, INSTRUCTION
+from train.finetune.record_turns import Message
+
+__all__ = ["AUTO", "FORMATS", "Message", "QuestionFields", "Reading", "detect", "parse_question", "parse_record"]
 
 AUTO = "auto"
 FORMATS = ("messages", "sharegpt", "prompt_completion", "instruction", "squad", "text")
 _KNOWN = (
     "messages; conversations; prompt and completion; instruction, input and output; context, question and answers; text"
 )
-_ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
+_LISTS = {"messages": ("messages", "role", "content"), "sharegpt": ("conversations", "from", "value")}
+_ANSWER_KEYS = {
+    "prompt_completion": ("completion",),
+    "instruction": ("output", "response"),
+    "squad": ("answers", "answer"),
 }
+_RIGHT_ANSWER_KEYS = ("answers", "answer")  # several answers may be right when a model is asked
+_SYSTEM, _HISTORY = "system", "history"
 
 
-@dataclass(frozen=True)
-class Message:
-    """One turn.
+class QuestionFields(Protocol):
+    """What reading must know of a prompt template.
 
     Attributes:
-        role: system, user or assistant.
-        content: its text, as it stands in the data.
-        fields: what else of the record the prompt template names, in pairs.
+        main: the field that a user's message stands for.
+        fields: all fields of the question, by the names of `train.finetune.prompt_template`.
     """
 
-    role: str
-    content: str
-    fields: tuple[tuple[str, str], ...] = ()
+    @property
+    def main(self) -> str: ...
+
+    @property
+    def fields(self) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,12 @@ class Reading:
 
     instruction_template: str
     response_template: str
-    prompt: PromptTemplate | None = None
+    prompt: QuestionFields | None = None
     data_format: str = AUTO
+
+    def names(self, field: str) -> bool:
+        """Whether the prompt template has that field."""
+        return self.prompt is not None and field in self.prompt.fields
 
 
 def detect(record: Any) -> str:
@@ -87,8 +93,7 @@ def detect(record: Any) -> str:
     for name in FORMATS:
         if _has_form(record, name):
             return name
-    keys = ", ".join(map(repr, list(record)[:5])) or "none"
-    raise BadDocumentError(f"none of the known forms: {_KNOWN} (keys: {keys})")
+    raise BadDocumentError(f"none of the known forms: {_KNOWN} (keys: {_keys(record)})")
 
 
 def parse_record(record: Any, reading: Reading) -> tuple[str, tuple[Message, ...]]:
@@ -99,80 +104,110 @@ def parse_record(record: Any, reading: Reading) -> tuple[str, tuple[Message, ...
     """
     name = detect(record) if reading.data_format == AUTO else reading.data_format
     if not isinstance(record, Mapping) or not _has_form(record, name):
-        keys = ", ".join(map(repr, list(record)[:5])) if isinstance(record, Mapping) else "none"
-        raise BadDocumentError(f"not of the form {name}, which --data_format forces (keys: {keys})")
-    return name, _checked(_messages(record, name, reading))
+        raise BadDocumentError(f"not of the form {name}, which --data_format forces (keys: {_keys(record)})")
+    if name in _LISTS:
+        record_turns.refuse_weights(record[_LISTS[name][0]])
+    messages = _conversation(record, name, reading)
+    if messages is None:
+        messages = [*_asked(record, name, reading), Message("assistant", _answer(record, name))]
+    return name, record_turns.answered(_with_system(record, messages, reading))
 
 
-def parse_text(text: str, instruction_template: str, response_template: str) -> list[Message]:
-    """Splits a llm-jp-sft text at its templates. White space around each turn belongs to the format and is dropped.
+def parse_question(record: Any, reading: Reading) -> tuple[str, tuple[Message, ...], Any]:
+    """What a model is asked: the format of a record, the messages before its last answer, and the answer.
 
-    After a question only the response template ends the turn and after an answer only the instruction template, so an
-    answer may quote the response template, and a question the instruction template.
+    They are, message for message, those before the answer that `parse_record` reads. A record may hold right answers
+    under `answers` or `answer` in place of its form's own key.
+
+    Returns:
+        Format, messages, and what stands where the answer does: a text, or whatever the record has there.
+
+    Raises:
+        BadDocumentError: as `parse_record`; that there is an answer is not asked for.
     """
-    templates = {"user": instruction_template.strip(), "assistant": response_template.strip()}
-    start = text.find(templates["user"])
-    if start < 0:
-        raise BadDocumentError(f"its text has no {templates['user']!r}; name the right --instruction_template")
-    messages = [Message("system", text[:start].strip())] if text[:start].strip() else []
-    role = "user"
-    while start >= 0:
-        start += len(templates[role])
-        following = "assistant" if role == "user" else "user"
-        end = text.find(templates[following], start)
-        messages.append(Message(role, text[start : end if end >= 0 else len(text)].strip()))
-        role, start = following, end
-    if not any(message.role == "assistant" for message in messages):
-        raise BadDocumentError(f"its text has no {templates['assistant']!r}; name the right --response_template")
-    return messages
+    name = _question_form(record, reading)
+    conversation = _conversation(record, name, reading)
+    if conversation is not None:
+        messages = record_turns.answered(_with_system(record, conversation, reading))
+        return name, messages[:-1], messages[-1].content
+    held = [record[key] for key in (*_ANSWER_KEYS[name], *_RIGHT_ANSWER_KEYS) if record.get(key) is not None]
+    right = next((value for value in held if not isinstance(value, str) or value.strip()), held[0])
+    return name, record_turns.asked(_with_system(record, _asked(record, name, reading), reading)), right
 
 
-def _has_form(record: Mapping[str, Any], name: str) -> bool:
+def _question_form(record: Any, reading: Reading) -> str:
+    """As in training where it could be trained on; else with right answers under another key."""
+    if not isinstance(record, Mapping):
+        raise BadDocumentError("not an object with a question and its answer")
+    names = FORMATS if reading.data_format == AUTO else (reading.data_format,)
+    for keys in ((), _RIGHT_ANSWER_KEYS):
+        for name in names:
+            if _has_form(record, name, keys):
+                return name
+    forced = "" if reading.data_format == AUTO else f" of the form {reading.data_format}, which --data_format forces"
+    raise BadDocumentError(
+        f"no question and answer, prompt and completion, or messages{forced} (keys: {_keys(record)})"
+    )
+
+
+def _has_form(record: Mapping[str, Any], name: str, right_answer_keys: tuple[str, ...] = ()) -> bool:
     def has(*keys: str) -> bool:
         return any(record.get(key) is not None for key in keys)
 
-    return {
-        "messages": has("messages"),
-        "sharegpt": has("conversations"),
-        "prompt_completion": has("prompt") and has("completion"),
-        "instruction": has("instruction", "input") and has("output", "response"),
-        "squad": has("question") and has("answers", "answer"),
-        "text": has("text"),
+    question = {
+        "messages": ("messages",),
+        "sharegpt": ("conversations",),
+        "prompt_completion": ("prompt",),
+        "instruction": ("instruction", "input"),
+        "squad": ("question",),
+        "text": ("text",),
     }[name]
+    return has(*question) and (name not in _ANSWER_KEYS or has(*_ANSWER_KEYS[name], *right_answer_keys))
 
 
-def _messages(record: Mapping[str, Any], name: str, reading: Reading) -> list[Message]:
-    if name == "messages":
-        return _from_list(record["messages"], key="messages", role_key="role", text_key="content")
-    if name == "sharegpt":
-        return _from_list(record["conversations"], key="conversations", role_key="from", text_key="value")
+def _conversation(record: Mapping[str, Any], name: str, reading: Reading) -> list[Message] | None:
+    """The messages of a record that holds its answer among them; None for a question with its answer beside it."""
+    if name in _LISTS:
+        key, role_key, text_key = _LISTS[name]
+        return record_turns.from_list(record[key], key=key, role_key=role_key, text_key=text_key)
     if name == "text":
         text = check_text(record["text"], name="key 'text'")
-        return parse_text(text, reading.instruction_template, reading.response_template)
+        return record_turns.from_text(text, reading.instruction_template, reading.response_template)
+    completion = record.get("completion")
+    if name == "prompt_completion" and isinstance(completion, list) and not all(isinstance(n, str) for n in completion):
+        return [*_asked(record, name, reading), *record_turns.from_list(completion, key="completion")]
+    return None
+
+
+def _with_system(record: Mapping[str, Any], messages: list[Message], reading: Reading) -> list[Message]:
+    text = "" if reading.names(_SYSTEM) else _value(record, _SYSTEM)
+    return record_turns.with_system(messages, text) if text else messages
+
+
+def _asked(record: Mapping[str, Any], name: str, reading: Reading) -> list[Message]:
+    """What stands before the answer, of the forms that have it under a key of its own."""
+    if name in ("instruction", "prompt_completion") and record.get(_HISTORY) and not reading.names(_HISTORY):
+        raise BadDocumentError(f"its {_HISTORY!r} would be left out: write those turns as 'messages'")
     if name == "prompt_completion":
-        prompt, completion = record["prompt"], record["completion"]
-        if isinstance(prompt, list) or isinstance(completion, list):
-            return [*_side(prompt, "prompt", "user"), *_side(completion, "completion", "assistant")]
-        values = {INSTRUCTION: _value(record, "prompt"), ANSWER: _value(record, "completion")}
-    elif name == "instruction":
-        values = {
-            INSTRUCTION: _value(record, "instruction"),
-            INPUT: _value(record, "input", "context"),
-            ANSWER: _value(record, "output", "response"),
-        }
+        if isinstance(record["prompt"], list):
+            return record_turns.from_list(record["prompt"], key="prompt")
+        extra = _one_of(record, "input", "context") if reading.names(INPUT) else ""
+        return [_question(record, {INSTRUCTION: _value(record, "prompt"), INPUT: extra}, name, reading.prompt)]
+    if name == "instruction":
+        values = {INSTRUCTION: _value(record, "instruction"), INPUT: _one_of(record, "input", "context")}
     else:
-        values = {
-            INSTRUCTION: _value(record, "question"),
-            INPUT: _value(record, "context"),
-            ANSWER: squad.answer(record),
-        }
-    return [_question(record, values, name, reading.prompt), Message("assistant", values[ANSWER])]
+        values = {INSTRUCTION: _value(record, "question"), INPUT: _value(record, "context")}
+    return [_question(record, values, name, reading.prompt)]
+
+
+def _answer(record: Mapping[str, Any], name: str) -> str:
+    return squad.answer(record) if name == "squad" else _one_of(record, *_ANSWER_KEYS[name])
 
 
 def _question(
-    record: Mapping[str, Any], values: Mapping[str, str], name: str, prompt: PromptTemplate | None
+    record: Mapping[str, Any], values: Mapping[str, str], name: str, prompt: QuestionFields | None
 ) -> Message:
-    instruction, extra = values[INSTRUCTION], values.get(INPUT, "")
+    instruction, extra = values[INSTRUCTION], values[INPUT]
     if prompt is None:
         order = (extra, instruction) if name == "squad" else (instruction, extra)
         return Message("user", "\n\n".join(text for text in order if text))
@@ -183,60 +218,41 @@ def _question(
     for field, text in given.items():
         if text and field not in prompt.fields:
             raise BadDocumentError(f"its {field} would be left out: --prompt_template has no {{{field}}}")
-    fields = {field: given[field] if field in given else _extra(record, field) for field in prompt.fields}
+    fields = {
+        # the input is what the form says it is, or nothing: never another key that happens to have its name
+        field: given.get(field, "") if field in (*given, INSTRUCTION, INPUT) else _extra(record, field)
+        for field in prompt.fields
+    }
     return Message("user", fields.pop(prompt.main), tuple((field, text) for field, text in fields.items() if text))
 
 
 def _extra(record: Mapping[str, Any], field: str) -> str:
-    """A key that only the template names. One that is not there at all is misspelt; `input` often is not there."""
-    if field != INPUT and field not in record:
+    """A key that only the template names. One that is not there at all is misspelt."""
+    if field not in record:
         raise BadDocumentError(f"no key {field!r}, which --prompt_template names (keys: {', '.join(record)})")
     return _value(record, field)
 
 
-def _value(record: Mapping[str, Any], *keys: str) -> str:
-    """The first of the keys that holds something; blank text is none."""
-    for key in keys:
-        if record.get(key) is not None:
-            text = check_text(record[key], name=f"key {key!r}")
-            if text.strip():
-                return text
-    return ""
+def _one_of(record: Mapping[str, Any], *keys: str) -> str:
+    """The text under the one of the keys that holds any.
+
+    Raises:
+        BadDocumentError: two of them hold different texts.
+    """
+    texts = {key: text for key in keys if (text := _value(record, key))}
+    if len(set(texts.values())) > 1:
+        first, second, *_ = texts
+        raise BadDocumentError(f"its {second!r} would be left out: it has {first!r} too; keep one, or join them")
+    return next(iter(texts.values()), "")
 
 
-def _from_list(turns: Any, *, key: str, role_key: str, text_key: str) -> list[Message]:
-    if not isinstance(turns, list):
-        raise BadDocumentError(f"{key!r} is not a list of messages")
-    messages = []
-    for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, Mapping) or role_key not in turn or text_key not in turn:
-            raise BadDocumentError(f"message {number} of {key!r} has no {role_key!r} and {text_key!r}")
-        role = _ROLES.get(str(turn[role_key]))
-        if role is None:
-            raise BadDocumentError(f"message {number} has the unknown role {turn[role_key]!r}: {', '.join(_ROLES)}")
-        content = check_text(turn[text_key], name=f"{text_key!r} of message {number}")
-        messages.append(Message(role, content))
-    return messages
+def _value(record: Mapping[str, Any], key: str) -> str:
+    """What the key holds; blank text is none."""
+    if record.get(key) is None:
+        return ""
+    text = check_text(record[key], name=f"key {key!r}")
+    return text if text.strip() else ""
 
 
-def _side(value: Any, key: str, role: str) -> list[Message]:
-    if isinstance(value, list):
-        return _from_list(value, key=key, role_key="role", text_key="content")
-    return [Message(role, check_text(value, name=f"key {key!r}"))]
-
-
-def _checked(messages: Sequence[Message]) -> tuple[Message, ...]:
-    answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
-    if not answers:
-        raise BadDocumentError("no assistant turn: there is nothing to train on")
-    kept = tuple(messages[: answers[-1] + 1])
-    expected = "user"
-    for number, message in enumerate(kept, start=1):
-        if number == 1 and message.role == "system":
-            continue
-        if message.role != expected:
-            raise BadDocumentError(f"message {number} is by {message.role}, {expected} is due: turns must alternate")
-        if not message.content.strip():
-            raise BadDocumentError(f"message {number}, by {message.role}, is empty")
-        expected = "assistant" if expected == "user" else "user"
-    return kept
+def _keys(record: Any) -> str:
+    return (", ".join(map(repr, list(record)[:5])) if isinstance(record, Mapping) else "") or "none"
