@@ -64,6 +64,51 @@ def test_messages_keep_their_blanks() -> None:
     assert parse_record({"messages": messages}, READING)[1][1].content == "  A "
 
 
+SYSTEM = [{"role": "system", "content": "S"}]
+TURNS = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"system": "S", "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+        {"system": "S", "instruction": "Q", "input": "", "output": "A", "history": []},
+        {"system": "S", "prompt": "Q", "completion": "A"},
+        {"system": " S\n", "messages": [*SYSTEM, *TURNS]},
+    ],
+)
+def test_a_system_text_beside_the_turns_is_the_system_message(record: dict[str, Any]) -> None:
+    assert parse_record(record, READING)[1] == (Message("system", "S"), *QUESTION_AND_ANSWER)
+    assert parse_record(record | {"system": " ", "messages": TURNS}, READING)[1] == QUESTION_AND_ANSWER
+
+
+LOST = [
+    ({"system": "T", "messages": [*SYSTEM, *TURNS]}, "has a 'system' and another system message"),
+    ({"system": ["S"], "messages": TURNS}, "key 'system' holds an array"),
+    ({"instruction": "Q", "input": "C", "context": "D", "output": "A"}, "its 'context' would be left out: it has 'inp"),
+    ({"instruction": "Q", "output": "A", "response": "B"}, "its 'response' would be left out: it has 'output' too"),
+    (
+        {"instruction": "Q", "output": "A", "history": [["q", "a"]]},
+        "its 'history' would be left out: write those turns",
+    ),
+    ({"prompt": "Q", "completion": "A", "history": [["q", "a"]]}, "its 'history' would be left out"),
+    ({"messages": [TURNS[0], TURNS[1] | {"weight": 0}, *TURNS]}, "message 2 has the weight 0, which would be ignored"),
+]
+
+
+@pytest.mark.parametrize(("record", "message"), LOST)
+def test_nothing_that_a_form_knows_is_lost(record: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadDocumentError, match=message):
+        parse_record(record, READING)
+
+
+def test_what_is_there_twice_or_says_nothing_is_no_loss() -> None:
+    record = {"instruction": "Q", "input": " ", "context": None, "output": "A", "response": "A", "history": None}
+    assert parse_record(record, READING)[1] == QUESTION_AND_ANSWER
+    weighed = [TURNS[0], TURNS[1] | {"weight": 1}]
+    assert parse_record({"messages": weighed}, READING)[1] == QUESTION_AND_ANSWER
+
+
 def _turns(*roles: str) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": role} for role in roles]}
 
@@ -141,11 +186,15 @@ def test_file_formats(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
     (tmp_path / "lines.json").write_bytes(lines)
     (tmp_path / "array.json").write_text(json.dumps(records, indent=1))
+    (tmp_path / "blank_first.json").write_text("\n \r\n" + json.dumps(records, indent=1))
+    (tmp_path / "bom_first.json").write_bytes(b"\xef\xbb\xbf\n" + json.dumps(records).encode())
+    (tmp_path / "blank_lines.jsonl").write_bytes(b"\n\n" + lines.replace(b"\n", b"\n\n"))
     pyarrow.parquet.write_table(pa.Table.from_pylist(records), tmp_path / "a.parquet")
     for file in tmp_path.iterdir():
         assert [item.messages for item in _read(file)] == [QUESTION_AND_ANSWER] * 2, file
     assert _read(tmp_path / "array.json")[1].place.endswith("record 2")
     assert _read(tmp_path / "a.parquet")[1].place.endswith("row 2")
+    assert _read(tmp_path / "blank_lines.jsonl")[1].place.endswith("line 5")
 
 
 def test_broken_files(tmp_path: Path) -> None:

@@ -41,17 +41,19 @@ def _records(file: Path) -> Iterator[tuple[str, Any]]:
         yield from _rows(file)
         return
     lines = document_formats.read_lines(file)
-    number = 0
+    number, is_begun = 0, False
     try:
         for number, line in enumerate(lines, start=1):
-            if number == 1 and _text(line).startswith("["):
+            if not line.strip(b"\xef\xbb\xbf \t\r\n"):
+                continue
+            if not is_begun and _text(line).startswith("["):
                 yield from _array(b"".join([line, *lines]))
                 return
-            if number == 1 and _is_begun_object(file, line):
+            if not is_begun and _is_begun_object(file, line):
                 yield from _whole(b"".join([line, *lines]))
                 return
-            if line.strip():
-                yield f"line {number}", _json(line)
+            is_begun = True
+            yield f"line {number}", _json(line)
     except BadDocumentError as error:  # the compressed stream breaks off: nothing follows
         yield f"after line {number}", error
 
