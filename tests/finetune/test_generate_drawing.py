@@ -99,12 +99,39 @@ def test_a_repetition_penalty_avoids_what_was_said(loaded: Any) -> None:
     assert len(set(plain)) < 100
 
 
-def test_the_models_own_generation_settings_have_no_say(loaded: Any) -> None:
+OWN_SETTINGS: list[dict[str, Any]] = [
+    {"do_sample": True, "temperature": 9.0, "top_k": 600, "repetition_penalty": 5.0, "num_beams": 2},
+    {"no_repeat_ngram_size": 1},
+    {"max_time": 1e-9},
+    {"stop_strings": ["a"]},
+    {"num_beams": 2, "num_return_sequences": 2},
+    {"bad_words_ids": [[token] for token in range(10, 500)]},
+    {"min_new_tokens": 60, "suppress_tokens": list(range(10, 300))},
+]
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+@pytest.mark.parametrize("own", OWN_SETTINGS, ids=lambda own: next(iter(own)))
+def test_the_models_own_generation_settings_have_no_say(loaded: Any, own: dict[str, Any], num_beams: int) -> None:
     model, tokenizer = loaded
-    settings = GenerateSettings("m", prompt="the cat", max_new_tokens=8)
+    settings = GenerateSettings("m", prompt="the cat", max_new_tokens=60, num_beams=num_beams)
     before = [one.answer for one in answers_with(model, tokenizer, settings, ["the cat"])]
-    model.generation_config.update(do_sample=True, temperature=9.0, top_k=600, repetition_penalty=5.0, num_beams=2)
+    model.generation_config.update(**own)
+    kept = model.generation_config.to_dict()
     assert [one.answer for one in answers_with(model, tokenizer, settings, ["the cat"])] == before
+    assert model.generation_config.to_dict() == kept
+
+
+def test_nor_have_those_of_a_model_within_an_adapter(loaded: Any) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base, tokenizer = loaded
+    model: Any = get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
+    settings = GenerateSettings("m", prompt="the cat", max_new_tokens=60)
+    before = [one.answer for one in answers_with(model, tokenizer, settings, ["the cat"])]
+    base.generation_config.update(stop_strings=["a"], no_repeat_ngram_size=1)
+    assert [one.answer for one in answers_with(model, tokenizer, settings, ["the cat"])] == before
+    assert base.generation_config.stop_strings == model.generation_config.stop_strings == ["a"]
 
 
 def test_a_conversation_and_a_system_message_reach_the_template(tokenizer: Any) -> None:

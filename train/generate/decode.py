@@ -7,6 +7,7 @@ for said in decode(model, [[5, 6], [7]], Drawing(max_new_tokens=20), ends=[2], p
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +38,7 @@ class Drawing:
     batch_size: int = 1
 
     def arguments(self) -> dict[str, Any]:
-        """What transformers calls these; a model's own generation configuration has no say in them."""
+        """What transformers calls these."""
         sampling = self.temperature > 0
         return {
             "do_sample": sampling,
@@ -64,7 +65,7 @@ def decode(
         streamer: is handed the ids as they come; one prompt and one beam at a time.
     """
     import torch
-    from transformers import set_seed
+    from transformers import GenerationConfig, set_seed
 
     for numbers in batches([len(prompt) for prompt in prompts], drawing, models.positions(model)):
         rows = [list(prompts[number]) for number in numbers]
@@ -74,18 +75,35 @@ def decode(
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
         if drawing.temperature > 0:  # else nothing is drawn, and a training that asks its model keeps its own numbers
             set_seed(drawing.seed)
-        with torch.no_grad():
+        config = GenerationConfig(
+            max_new_tokens=room(longest, drawing, models.positions(model)),
+            pad_token_id=fill,
+            eos_token_id=list(ends) or None,
+            **drawing.arguments(),
+        )
+        with torch.no_grad(), _only(config, model):
             output = model.generate(
-                input_ids=input_ids,
-                attention_mask=mask,
-                max_new_tokens=room(longest, drawing, models.positions(model)),
-                pad_token_id=fill,
-                eos_token_id=list(ends) or None,
-                streamer=streamer,
-                **drawing.arguments(),
+                input_ids=input_ids, attention_mask=mask, generation_config=config, streamer=streamer
             )
         for row in output[:, longest:].tolist():
             yield up_to_end(row, ends)
+
+
+@contextmanager
+def _only(config: Any, model: Any) -> Iterator[None]:
+    """Takes the model's own generation configuration out of the way: it fills in whatever `config` leaves open, such as
+    stop strings, time limits or the number of answers, and a model's maker chose it for other callers.
+    """
+    own = {
+        module: vars(module)["generation_config"] for module in model.modules() if "generation_config" in vars(module)
+    }
+    for module in own:  # the model, or the one within an adapter
+        module.generation_config = config
+    try:
+        yield
+    finally:
+        for module, former in own.items():
+            module.generation_config = former
 
 
 def batches(lengths: Sequence[int], drawing: Drawing, positions: int | None) -> Iterator[list[int]]:
