@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def test_all_bad_lines_are_told_at_once(base_model: Path, tmp_path: Path, capsys
     said = capsys.readouterr().err
     for number, message in enumerate(bad.values(), start=1):
         assert any(f"line {number}: " in line and message in line for line in said.splitlines()), message
-    assert "2 more lines are no prompts" in said
+    assert "2 more records are no prompts" in said
 
 
 def test_messages_need_a_chat_template(base_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,3 +82,36 @@ def test_messages_need_a_chat_template(base_model: Path, tmp_path: Path, capsys:
     file.write_text('{"messages": [{"role": "user", "content": "x"}]}')
     assert _ask(base_model, "--prompt_file", file) == 2
     assert "no chat template" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["asked.json", "asked.jsonl.gz"])
+def test_a_list_and_a_compressed_file(base_model: Path, tmp_path: Path, name: str) -> None:
+    records = [{"id": 1, "prompt": "the cat"}, {"id": 2, "prompt": "犬"}]
+    given, written = tmp_path / name, tmp_path / "said.jsonl"
+    if name.endswith(".json"):
+        given.write_text(json.dumps(records, indent=1))
+    else:
+        given.write_bytes(gzip.compress("\n".join(map(json.dumps, records)).encode()))
+    assert _ask(base_model, "--prompt_file", given, "--output_file", written) == 0
+    lines = [json.loads(line) for line in written.read_text(encoding="utf-8").splitlines()]
+    assert [(line["id"], line["prompt"]) for line in lines] == [(1, "the cat"), (2, "犬")]
+
+
+@pytest.mark.parametrize("name", ["asked.parquet", "asked.txt.gz", "asked.zip"])
+def test_what_is_no_text_is_not_read_as_lines(
+    base_model: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text("the cat")
+    assert _ask(base_model, "--prompt_file", tmp_path / name) == 2
+    assert f"{name}: prompts come in .jsonl, .json" in capsys.readouterr().err
+
+
+def test_records_without_a_prompt(base_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "asked.json").write_text("[]")
+    assert _ask(base_model, "--prompt_file", tmp_path / "asked.json") == 2
+    assert "has no prompt" in capsys.readouterr().err
+
+
+def test_a_system_prompt_needs_a_chat_template(base_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _ask(base_model, "--prompt", "the cat", "--system_prompt", "Be brief.") == 2
+    assert "--system_prompt: the model has no chat template" in capsys.readouterr().err

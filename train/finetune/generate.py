@@ -31,7 +31,7 @@ class GenerateSettings:
     adapter: str | None = setting(None, help="adapter folder or name (PEFT) on that model")
     prompt: str | None = setting(None, help="one prompt")
     prompt_file: Path | None = setting(
-        None, help='a prompt a line: text, or in a .jsonl file an object with "prompt" or "messages"'
+        None, help='a prompt a line: text, or in .jsonl and .json files an object with "prompt" or "messages"'
     )
     chat: bool = setting(False, help="talk in the terminal: /new forgets, /exit ends", flag_only=True)
     system_prompt: str | None = setting(None, help="system message before every conversation")
@@ -189,11 +189,17 @@ def answers_with(
 
 
 def prompt_ids(tokenizer: Any, prompt: str | Prompt, *, raw: bool, system: str | None = None) -> list[int]:
-    """The ids a model is given: the chat template around the prompt, or the plain text as it was pretrained on."""
+    """The ids a model is given: the chat template around the prompt, or the plain text as it was pretrained on.
+
+    Raises:
+        UserError: the model has no chat template for the messages or the system prompt that are given.
+    """
     asked = Prompt(prompt) if isinstance(prompt, str) else prompt
     if raw or not tokenizer.chat_template:
         if asked.messages and not raw:
             raise UserError('the model has no chat template, so "messages" cannot be rendered: ask with "prompt".')
+        if system is not None:
+            raise UserError("--system_prompt: the model has no chat template that would take it: leave it out.")
         return list(tokenizer(asked.text)["input_ids"])
     from train.finetune.masks import prompt_ids as chat_ids
 

@@ -2,8 +2,9 @@
 
 | file | a prompt is |
 |---|---|
-| `.jsonl` | a line: an object with `prompt`, a text, or `messages`, whose last one is a question |
-| any other | a line of UTF-8 text |
+| `.jsonl`, `.json`, also `.gz`, `.zst` | an object, a line or in a list, with `prompt`, a text, or `messages`, whose
+|   | last one is a question |
+| any other | a line of UTF-8 text; what is plainly no text is refused |
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from train import outputs
+from train.data.document_formats import BadDocumentError
 from train.errors import UserError, refuse
+from train.finetune.record_files import read_records
 
 ANSWER_KEYS = ("answer", "tokens", "ended")
+_RECORDS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
+_NO_TEXT = (".parquet", ".arrow", ".gz", ".zst", ".xz", ".bz2", ".zip")
 _SHOWN_PROBLEMS = 10
 _TURNS = ("system", "user", "assistant")
 
@@ -47,40 +52,46 @@ def read(file: Path, *, flag: str = "--prompt_file") -> list[Prompt]:
     """The prompts of a file, in order.
 
     Raises:
-        UserError: it is missing, not UTF-8, without a prompt, or has lines that are none.
+        UserError: it is missing, of a kind that holds no prompts, not UTF-8, without a prompt, or has records that are
+            none; the first ten of them are named.
     """
+    if not file.is_file():
+        raise UserError(f"{flag} {file} is not a file: check the path.")
+    if file.name.endswith(_RECORDS):
+        return _read_records(file, flag)
+    if file.suffix in _NO_TEXT:
+        raise UserError(f"{flag} {file}: prompts come in {', '.join(_RECORDS)} files, or as lines of text: convert it.")
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"{flag} {file} is not a file: check the path.") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{flag} {file} is not UTF-8 ({error.reason}): convert it.") from None
-    found = [(number, line.removesuffix("\r")) for number, line in enumerate(lines, start=1) if line.strip()]
+    found = [line.removesuffix("\r") for line in lines if line.strip()]
     refuse([] if found else [f"{flag} {file} has no prompt: write one a line."])
-    if file.suffix != ".jsonl":
-        return [Prompt(line) for _, line in found]
+    return [Prompt(line) for line in found]
+
+
+def _read_records(file: Path, flag: str) -> list[Prompt]:
     prompts: list[Prompt] = []
     problems: list[str] = []
-    for number, line in found:
+    for place, record in read_records(file):
         try:
-            prompts.append(parse(line))
+            if isinstance(record, BadDocumentError):
+                raise ValueError(record)
+            prompts.append(parse(record))
         except ValueError as error:
-            problems.append(f"{flag} {file}, line {number}: {error}.")
+            problems.append(f"{flag} {file}, {place}: {error}.")
     more = len(problems) - _SHOWN_PROBLEMS
-    refuse([*problems[:_SHOWN_PROBLEMS], *([f"{more} more lines are no prompts."] if more > 0 else [])])
+    refuse([*problems[:_SHOWN_PROBLEMS], *([f"{more} more records are no prompts."] if more > 0 else [])])
+    refuse([] if prompts else [f"{flag} {file} has no prompt: write one a line."])
     return prompts
 
 
-def parse(line: str) -> Prompt:
-    """The prompt of a line of JSON.
+def parse(record: Any) -> Prompt:
+    """The prompt of a record.
 
     Raises:
         ValueError: what keeps it from being one.
     """
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"broken JSON: {error}") from None
     if not isinstance(record, dict) or not ("prompt" in record or "messages" in record):
         raise ValueError('an object with "prompt" or "messages" is expected')
     taken = [key for key in ANSWER_KEYS if key in record]
