@@ -15,6 +15,7 @@ from evaluate_samples import tiny_model  # type: ignore[import-not-found]
 from train import cli, manifest
 from train.evaluate import harness, record
 from train.evaluate.evaluate import evaluate
+from train.evaluate.measures import distinct_names
 from train.evaluate.settings import EvaluateSettings
 from train.hub.card import model_card
 
@@ -138,6 +139,74 @@ def test_an_output_of_its_own(model_folder: Path, text_file: Path, tmp_path: Pat
     assert {file.name for file in model_folder.iterdir()} == before
 
 
+def test_files_of_one_name_are_told_apart_by_their_folders(
+    model_folder: Path, text_file: Path, question_file: Path, tmp_path: Path
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.jsonl").write_bytes(text_file.read_bytes())
+        (tmp_path / name / "qa.jsonl").write_bytes(question_file.read_bytes())
+    argv = ["--model_name_or_path", model_folder, "--device", "cpu", "--max_new_tokens", 2]
+    argv += ["--text_files", tmp_path / "a" / "*x.jsonl", tmp_path / "b" / "*x.jsonl"]
+    assert call(*argv, "--question_files", tmp_path / "a" / "qa.jsonl", tmp_path / "b" / "qa.jsonl") == 0
+    titles = ["perplexity: a/*x.jsonl", "perplexity: b/*x.jsonl", "exact match: a/qa.jsonl", "exact match: b/qa.jsonl"]
+    assert list(record.of_model(model_folder)) == titles
+    assert sorted(file.name for file in (model_folder / "evaluation").iterdir()) == [
+        "exact_match_a_qa.jsonl_model.jsonl", "exact_match_b_qa.jsonl_model.jsonl",
+    ]  # fmt: skip
+
+
+def test_names() -> None:
+    assert distinct_names(["/d/a/x", "/d/b/x", "y"]) == ["a/x", "b/x", "y"]
+    assert distinct_names([Path("x"), Path("a/x"), Path("b/a/x")]) == ["x", "a/x", "b/a/x"]
+
+
+def test_the_record_says_how_it_was_measured(model_folder: Path, text_file: Path, question_file: Path) -> None:
+    argv = ["--model_name_or_path", model_folder, "--device", "cpu", "--text_files", text_file, "--json_key", "text"]
+    argv += ["--squad_files", question_file, "--question_files", question_file, "--max_documents", 2]
+    argv += ["--max_new_tokens", 3, "--stop_at", "\\n", "--squad_prompt", "{question}?", "--raw", "--max_questions", 2]
+    assert call(*argv) == 0
+    measured = record.of_model(model_folder)
+    perplexity = {"ends_scored": False, "json_key": "text", "on_error": "stop", "max_documents": 2}
+    assert perplexity.items() <= measured["perplexity: held out.jsonl"].items()
+    asked = {"max_new_tokens": 3, "stop_at": "\\n", "raw": True, "max_questions": 2, "data_format": "auto"}
+    assert (asked | {"normalisation": "blanks"}).items() <= measured["exact match: qa.jsonl"].items()
+    assert (asked | {"squad_prompt": "{question}?"}).items() <= measured["SQuAD: qa.jsonl"].items()
+
+
+def test_the_end_token_of_a_text_is_no_part_of_its_answer(model_folder: Path, tmp_path: Path, bytes_: Any) -> None:
+    said = likeliest(tiny_model(bytes_), bytes_, "cat", 5)
+    file = tmp_path / "chats.jsonl"
+    file.write_text(json.dumps({"text": f"#Q: cat#A: {said}</s>"}) + "\n")
+    argv = ["--model_name_or_path", model_folder, "--question_files", file, "--device", "cpu", "--max_new_tokens", 5]
+    assert call(*argv, "--instruction_template", "#Q:", "--response_template", "#A:") == 0
+    assert record.of_model(model_folder)["exact match: chats.jsonl"]["model"]["exact_match"] == 100.0
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_measured(
+    model_folder: Path, question_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr("train.generate.model.load", lambda *args, **more: pytest.fail("a model was loaded"))
+    argv = ["--model_name_or_path", model_folder, "--question_files", question_file, "--device", "cpu"]
+    (tmp_path / "file").write_text("")
+    assert call(*argv, "--output_dir", tmp_path / "file" / "below") == 2
+    assert "below" not in [file.name for file in tmp_path.rglob("*")]
+    (tmp_path / "numbers").mkdir()
+    (tmp_path / "numbers" / "evaluation").write_text("a file where the answers' folder would be")
+    assert call(*argv, "--output_dir", tmp_path / "numbers") == 2
+    assert "evaluation is a file, a folder was expected" in capsys.readouterr().err
+
+
+def test_trying_an_output_leaves_no_folder(
+    model_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "numbers"
+    argv = ["--model_name_or_path", model_folder, "--text_files", text_file, "--device", "cpu", "--window", 64]
+    assert call(*argv, "--output_dir", out) == 2
+    assert not (tmp_path / "new").exists()
+
+
 def test_where_an_answer_ends(model_folder: Path, question_file: Path, bytes_: Any) -> None:
     said = likeliest(tiny_model(bytes_), bytes_, "cat", 5)
     argv = ["--model_name_or_path", model_folder, "--question_files", question_file, "--device", "cpu"]
@@ -174,7 +243,15 @@ def test_all_problems_of_the_data_at_once(model_folder: Path, capsys: pytest.Cap
         (["--text_files", "x", "--max_documents", -1], "--max_documents -1: it must not be negative"),
         (["--question_files", "x", "--stop_at", ""], "--stop_at is empty"),
         (["--squad_files", "x", "--squad_prompt", "Q"], "has no {question}"),
-        (["--text_files", "a/x.txt", "b/x.txt"], "--text_files names x.txt more than once"),
+        (["--text_files", "a/x.txt", "./a/x.txt"], "--text_files names a/x.txt more than once"),
+        (["--question_files", "x", "--instruction_template", " "], "--instruction_template is empty"),
+        (["--text_files", "x", "--stop_at", "x"], "--stop_at has no effect without --squad_files or --question_files"),
+        (["--text_files", "x", "--raw", "true"], "--raw has no effect without --squad_files or --question_files"),
+        (["--text_files", "x", "--max_questions", 3], "--max_questions has no effect without --squad_files or"),
+        (["--squad_files", "x", "--normalisation", "nfkc"], "--normalisation has no effect without --question_files"),
+        (["--question_files", "x", "--squad_prompt", "{question}"], "--squad_prompt has no effect without --squad_fi"),
+        (["--question_files", "x", "--max_documents", 3], "--max_documents has no effect without --text_files"),
+        (["--question_files", "x", "--lm_eval_num_fewshot", 3], "has no effect without --lm_eval_tasks"),
     ],
 )
 def test_bad_settings(words: list[object], message: str, capsys: pytest.CaptureFixture[str]) -> None:

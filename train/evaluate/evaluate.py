@@ -5,6 +5,7 @@ evaluate(EvaluateSettings("output/chat", base_model="output/base", text_files=("
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import re
 import time
@@ -80,29 +81,44 @@ def table(taken: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _where(settings: EvaluateSettings, model_folder: Path) -> Path:
-    """The folder for what is written.
+    """The folder for what is written, which is known to be writable before anything is measured.
 
     Raises:
-        UserError: the model's folder is none of ours, and no other is named.
+        UserError: it cannot be written; or the model's folder is none of ours, and no other is named.
     """
+    where = settings.output_dir or model_folder
     if settings.output_dir is not None:
         if settings.output_dir.is_file():
             raise UserError(f"--output_dir {settings.output_dir} is a file, a folder is expected: choose another.")
-        return settings.output_dir
-    if (
+    elif (
         not (model_folder / manifest.FILE_NAME).is_file()
         or not Path(settings.adapter or settings.model_name_or_path).is_dir()
     ):
         raise UserError(
             f"{model_folder} was not made by a step here, so nothing is written into it: pass --output_dir."
         )
-    with outputs.new_file(model_folder / record.FILE_NAME, overwrite=True):
-        pass  # refused now where it cannot be written, not after hours
-    return model_folder
+    files = [where / record.FILE_NAME]
+    if settings.squad_files or settings.question_files:
+        files.append(where / record.PREDICTIONS_DIR / "answers")
+    for file in files:
+        _try_to_write(file)
+    return where
+
+
+def _try_to_write(file: Path) -> None:
+    """Refuses now, not after hours, where a file cannot be written; leaves no folder behind that was not there."""
+    missing = [folder for folder in file.parents if not folder.exists()]
+    try:
+        with outputs.new_file(file, overwrite=True):
+            pass
+    finally:
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def _answers_name(one: Measure, role: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", f"{one.kind}_{Path(one.data).name}").strip("_") + f"_{role}.jsonl"
+    return re.sub(r"[^\w.-]+", "_", f"{one.kind}_{one.data}").strip("_") + f"_{role}.jsonl"
 
 
 def _print_plan(settings: EvaluateSettings) -> None:

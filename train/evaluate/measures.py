@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 from train.data.documents import Skipped, expand_inputs, read_documents
 from train.errors import UserError
 from train.evaluate import exact_match, harness, perplexity, squad
+from train.evaluate.asking import Asking, without_end
 from train.evaluate.questions import Question
 from train.evaluate.questions import read as read_questions
 from train.evaluate.settings import EvaluateSettings
+from train.finetune.record_formats import Reading
 from train.generate import model as models
 
 Taken = tuple[dict[str, Any], list[dict[str, Any]]]
@@ -24,7 +27,7 @@ class Measure:
 
     Attributes:
         kind: perplexity, SQuAD, exact match, or lm-evaluation-harness.
-        data: the file's name, or the tasks'.
+        data: the file's name, with folders where it needs them to be told from others; or the tasks'.
         how: what else a reader must know to repeat it.
         files: what it reads.
         take: of a model and its tokenizer: numbers, and a record per answer.
@@ -53,20 +56,32 @@ def build(settings: EvaluateSettings) -> list[Measure]:
         (_perplexity, settings.text_files),
         (_squad, settings.squad_files),
         (_exact_match, settings.question_files),
-        (_harness, [settings.lm_eval_tasks] if settings.lm_eval_tasks else []),
     ]
     for make, given in makers:
-        for one in given:
+        for one, name in zip(given, distinct_names(given), strict=True):
             try:
-                found.append(make(settings, one))
+                found.append(make(settings, one, name))
             except UserError as error:
                 problems += error.problems
+    if settings.lm_eval_tasks:
+        found.append(_harness(settings, settings.lm_eval_tasks))
     if problems:
         raise UserError(problems)
     return found
 
 
-def _perplexity(settings: EvaluateSettings, pattern: str) -> Measure:
+def distinct_names(given: Sequence[str | Path]) -> list[str]:
+    """What each is called: the file's name, with as many folders before it as tell it from the others."""
+    parts = [Path(one).parts for one in given]
+    names = []
+    for place, own in enumerate(parts):
+        others = parts[:place] + parts[place + 1 :]
+        depth = next((n for n in range(1, len(own)) if not any(one[-n:] == own[-n:] for one in others)), len(own))
+        names.append("/".join(own[-depth:]))
+    return names
+
+
+def _perplexity(settings: EvaluateSettings, pattern: str, name: str) -> Measure:
     files = expand_inputs([pattern])
 
     def take(model: Any, tokenizer: Any) -> Taken:
@@ -88,7 +103,8 @@ def _perplexity(settings: EvaluateSettings, pattern: str) -> Measure:
         start = tokenizer.convert_ids_to_tokens(perplexity.document_start(tokenizer, settings.document_start))
         return {**found.numbers(), "window": window, "stride": stride, "document_start": start}, []
 
-    return Measure("perplexity", Path(pattern).name, {"ends_scored": settings.score_document_ends}, files, take)
+    how = {"ends_scored": settings.score_document_ends, **_of(settings, "json_key", "on_error", "max_documents")}
+    return Measure("perplexity", name, how, files, take)
 
 
 def window_and_stride(settings: EvaluateSettings, positions: int | None) -> tuple[int, int]:
@@ -108,32 +124,37 @@ def window_and_stride(settings: EvaluateSettings, positions: int | None) -> tupl
     return window, stride
 
 
-def _squad(settings: EvaluateSettings, file: Path) -> Measure:
-    questions = read_questions(file, flag="--squad_files", limit=settings.max_questions)
-    raw_template = settings.squad_prompt.replace("\\n", "\n")
+def _squad(settings: EvaluateSettings, file: Path, name: str) -> Measure:
+    asking = _asking(settings, settings.squad_prompt.replace("\\n", "\n"))
+    questions = read_questions(file, asking.reading, flag="--squad_files", limit=settings.max_questions)
 
     def take(model: Any, tokenizer: Any) -> Taken:
-        asked = _ask(settings, model, tokenizer, questions, raw_template)
-        whole, each = squad.scores(questions, [one["prediction_text"] for one in asked])
+        put = _with_right_answers(questions, tokenizer)
+        asked = _ask(settings, model, tokenizer, put, asking)
+        whole, each = squad.scores(put, [one["prediction_text"] for one in asked])
         return _counted(settings, tokenizer, asked, whole), [
             {**one, **own} for one, own in zip(asked, each, strict=True)
         ]
 
-    return Measure("SQuAD", file.name, {"normalisation": "SQuAD's, by torchmetrics"}, (file,), take)
+    how = {"normalisation": "SQuAD's, by torchmetrics", **_how_asked(settings), **_of(settings, "squad_prompt")}
+    return Measure("SQuAD", name, how, (file,), take)
 
 
-def _exact_match(settings: EvaluateSettings, file: Path) -> Measure:
-    questions = read_questions(file, flag="--question_files", limit=settings.max_questions)
+def _exact_match(settings: EvaluateSettings, file: Path, name: str) -> Measure:
+    asking = _asking(settings, None)
+    questions = read_questions(file, asking.reading, flag="--question_files", limit=settings.max_questions)
 
     def take(model: Any, tokenizer: Any) -> Taken:
-        asked = _ask(settings, model, tokenizer, questions, None)
-        for one, question in zip(asked, questions, strict=True):
+        put = _with_right_answers(questions, tokenizer)
+        asked = _ask(settings, model, tokenizer, put, asking)
+        for one, question in zip(asked, put, strict=True):
             matches = exact_match.is_match(one["prediction_text"], question.answers, settings.normalisation)
             one["exact_match"] = 100.0 * matches
         share = sum(one["exact_match"] for one in asked) / len(asked)
         return _counted(settings, tokenizer, asked, {"exact_match": share}), asked
 
-    return Measure("exact match", file.name, {"normalisation": settings.normalisation}, (file,), take)
+    how = {"normalisation": settings.normalisation, **_how_asked(settings)}
+    return Measure("exact match", name, how, (file,), take)
 
 
 def _harness(settings: EvaluateSettings, tasks: Sequence[str]) -> Measure:
@@ -149,17 +170,39 @@ def _harness(settings: EvaluateSettings, tasks: Sequence[str]) -> Measure:
         return {f"{task}, {name}": value for task, numbers in found.items() for name, value in numbers.items()}, []
 
     names = ", ".join(Path(task).stem if task.endswith((".yaml", ".yml")) else task for task in tasks)
-    return Measure("lm-evaluation-harness", names, {"num_fewshot": settings.lm_eval_num_fewshot}, (), take)
+    how = {"num_fewshot": settings.lm_eval_num_fewshot, **_of(settings, "max_questions")}
+    return Measure("lm-evaluation-harness", names, how, (), take)
+
+
+def _of(settings: EvaluateSettings, *names: str) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in names}
+
+
+def _how_asked(settings: EvaluateSettings) -> dict[str, Any]:
+    """What decides an answer, and which questions there are."""
+    reading = ("data_format", "instruction_template", "response_template")
+    return _of(settings, "max_new_tokens", "stop_at", "raw", "max_questions", *reading)
+
+
+def _asking(settings: EvaluateSettings, raw_template: str | None) -> Asking:
+    templates = (settings.instruction_template.replace("\\n", "\n"), settings.response_template.replace("\\n", "\n"))
+    return Asking(Reading(*templates, data_format=settings.data_format), raw_template, settings.raw)
+
+
+def _with_right_answers(questions: Sequence[Question], tokenizer: Any) -> list[Question]:
+    return [
+        dataclasses.replace(one, answers=tuple(without_end(text, tokenizer.eos_token) for text in one.answers))
+        for one in questions
+    ]
 
 
 def _ask(
-    settings: EvaluateSettings, model: Any, tokenizer: Any, questions: Sequence[Question], raw_template: str | None
+    settings: EvaluateSettings, model: Any, tokenizer: Any, questions: Sequence[Question], asking: Asking
 ) -> list[dict[str, Any]]:
     """A record per question: what was asked, said, and would have been right."""
     from train.finetune.generate import GenerateSettings, answers_with
 
-    template = None if settings.raw else tokenizer.chat_template
-    prompts = [question.prompt(template, raw_template) for question in questions]
+    prompts = asking.prompts(tokenizer, questions)
     drawing = GenerateSettings(
         settings.model_name_or_path,
         max_new_tokens=settings.max_new_tokens,

@@ -31,7 +31,6 @@ class Score:
         documents: texts with at least one token.
         empty: texts without a token.
         unknown_tokens: predicted tokens that stand for what the tokenizer does not know: their bytes came cheap.
-        windows: forward passes, of one row each.
     """
 
     nats: float = 0.0
@@ -40,7 +39,6 @@ class Score:
     documents: int = 0
     empty: int = 0
     unknown_tokens: int = 0
-    windows: int = 0
 
     def numbers(self) -> dict[str, float | int]:
         """The perplexities, and what they were taken over.
@@ -108,7 +106,6 @@ def score(
         ids = [start_id, *ids]
         for begin, end, scored_from in windows(len(ids), window=window, stride=stride):
             waiting.append((ids[begin:end], scored_from - begin))
-            found.windows += 1
             if len(waiting) == batch_size:
                 found.nats += sum(_nats(model, waiting))
                 waiting = []

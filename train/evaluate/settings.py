@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from train.evaluate.exact_match import NORMALISATIONS
+from train.finetune.record_formats import AUTO, FORMATS
 from train.generate.model import PRECISIONS
 from train.settings import setting
+
+_ASKED = ("squad_files", "question_files")
+# What has an effect only beside one of the flags before it.
+_NEEDS = (
+    (
+        ("text_files",),
+        ("json_key", "on_error", "max_documents", "window", "stride", "document_start", "score_document_ends"),
+    ),
+    (("squad_files",), ("squad_prompt",)),
+    (("question_files",), ("normalisation",)),
+    (_ASKED, ("max_new_tokens", "stop_at", "raw", "data_format", "instruction_template", "response_template")),
+    ((*_ASKED, "lm_eval_tasks"), ("max_questions",)),
+    (("lm_eval_tasks",), ("lm_eval_num_fewshot",)),
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +58,9 @@ class EvaluateSettings:
     max_new_tokens: int = setting(64, help="longest answer, in tokens")
     stop_at: str | None = setting(None, help="an answer ends before this text; \\n is a line end")
     raw: bool = setting(False, help="ask without the chat template")
+    data_format: str = setting(AUTO, help="form of the questions' records, by their keys", choices=(AUTO, *FORMATS))
+    instruction_template: str = setting("### Human:", help="of llm-jp-sft texts, as in finetuning; \\n is a line end")
+    response_template: str = setting("### Assistant:", help="of llm-jp-sft texts, as in finetuning; \\n is a line end")
 
     lm_eval_tasks: tuple[str, ...] = setting((), help="tasks of lm-evaluation-harness, where it is installed")
     lm_eval_num_fewshot: int | None = setting(None, help="examples before each question; as the task has it")
@@ -68,8 +86,22 @@ class EvaluateSettings:
             yield "--stop_at is empty: name the text an answer ends before, or leave the flag out."
         if "{question}" not in self.squad_prompt:
             yield f"--squad_prompt {self.squad_prompt!r} has no {{question}}: add it."
+        for name in ("instruction_template", "response_template"):
+            if not getattr(self, name).strip():
+                yield f"--{name} is empty: name the text that stands before each turn."
         for name in ("text_files", "squad_files", "question_files"):
-            names = [Path(given).name for given in getattr(self, name)]
-            twice = sorted({one for one in names if names.count(one) > 1})
-            if twice:
-                yield f"--{name} names {twice[0]} more than once: results go by the file's name, so rename one."
+            paths = [Path(given) for given in getattr(self, name)]
+            twice = next((one for one in paths if paths.count(one) > 1), None)
+            if twice is not None:
+                yield f"--{name} names {twice} more than once: once is enough."
+        yield from self._without_effect()
+
+    def _without_effect(self) -> Iterator[str]:
+        defaults = {one.name: one.default for one in fields(self)}
+        for needed, names in _NEEDS:
+            if any(getattr(self, one) for one in needed):
+                continue
+            beside = " or ".join(f"--{one}" for one in needed)
+            for name in names:
+                if getattr(self, name) != defaults[name]:
+                    yield f"--{name} has no effect without {beside}: leave it out, or add that."
