@@ -29,6 +29,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     return passes
 
 
+def asks_for_nothing() -> Any:
+    return SimpleNamespace(should_log=False, should_save=False, should_evaluate=False)
+
+
 def state_at(step: int, *, is_first: bool = True) -> Any:
     return SimpleNamespace(global_step=step, max_steps=10, is_world_process_zero=is_first)
 
@@ -47,7 +51,7 @@ def test_a_rate_counts_data_and_the_gpus_work_but_no_evaluation_and_no_save(
         clock(50 if step == 1 else 3)  # before the first step nothing is trained; between two one waits for data
         reporting.on_step_begin(CPU, state_at(step - 1), None)
         clock(1)
-        reporting.on_step_end(CPU, state_at(step), None)
+        reporting.on_step_end(CPU, state_at(step), asks_for_nothing())
     clock(5)  # the trainer waits for the GPU before it logs
     reporting.on_log(CPU, state_at(2), None, logs=logs_at(1000))
     clock(70)
@@ -58,13 +62,28 @@ def test_a_rate_counts_data_and_the_gpus_work_but_no_evaluation_and_no_save(
     clock(30)  # what comes after a save, such as answers to sample prompts
     reporting.on_step_begin(CPU, state_at(2), None)
     clock(4)
-    reporting.on_step_end(CPU, state_at(3), None)
+    reporting.on_step_end(CPU, state_at(3), asks_for_nothing())
     reporting.on_log(CPU, state_at(3), None, logs=logs_at(1200))
     first, evaluated, second = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert first["tokens_per_second"] == 100.0  # 1,000 tokens in 1 + 3 + 1 + 5 seconds
     assert evaluated["eval_loss"] == 2.5
     assert second["tokens_per_second"] == 50.0
     assert "gpu_memory_gib" not in first
+
+
+@pytest.mark.parametrize(
+    ("step", "asked", "expected"),
+    [(3, None, False), (10, None, True), (3, "should_save", True), (3, "should_evaluate", True)],
+)
+def test_a_line_is_told_where_a_run_may_end_or_go_on(
+    tmp_path: Path, step: int, asked: str | None, expected: bool
+) -> None:
+    for happens in ("on_step_end", "on_epoch_end"):
+        control = asks_for_nothing()
+        if asked is not None:
+            setattr(control, asked, True)
+        getattr(progress.Reporting(tmp_path / "metrics.jsonl", None), happens)(CPU, state_at(step), control)
+        assert control.should_log is expected
 
 
 def test_the_memory_of_a_gpu_is_told(

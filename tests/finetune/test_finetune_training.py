@@ -116,6 +116,45 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
     assert tokens == sorted(tokens) and len(set(tokens)) == 8
 
 
+def test_the_last_step_is_told_and_no_token_is_lost_by_an_interruption(
+    files: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every fifth step is told; the run ends after its eighth, and breaks off after the checkpoint of its fourth."""
+    seldom = files | {"logging_steps": 5}
+    assert call(*argv(seldom, output_dir=tmp_path / "whole")) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "build_command", failing_at(7, "raise KeyboardInterrupt"))
+        assert call(*argv(seldom)) == EXIT_INTERRUPTED
+    assert call(*argv(seldom)) == 0
+    told = capsys.readouterr().out
+
+    def results(folder: Path) -> dict[str, Any]:
+        return dict(json.loads((folder / "manifest.json").read_text())["results"])
+
+    whole, resumed = results(tmp_path / "whole"), results(files["output_dir"])
+    assert [step for step, _ in whole["loss_curve"]] == [1, 4, 5, 8]
+    assert resumed["loss_curve"] == whole["loss_curve"] and resumed["tokens"] == whole["tokens"]
+    assert whole["tokens"] == 4 * whole["examples"]["tokens"]  # eight steps of six are four times all twelve
+    assert f"loss {whole['first_loss']:.4f} -> {whole['last_loss']:.4f} in 8 steps" in told
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_tied_weight_is_saved_and_counted_once(files: dict[str, Any], tmp_path: Path, stage: int) -> None:
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    tied = tmp_path / "tied"
+    shutil.copytree(files["model_name_or_path"], tied)
+    config = LlamaConfig.from_pretrained(tied)
+    config.tie_word_embeddings = True
+    LlamaForCausalLM(config).save_pretrained(tied)
+    changes = {"model_name_or_path": tied, "zero_stage": stage, "num_processes": 2 if stage else 1, "max_steps": 1}
+    assert call(*argv(files, **changes)) == 0
+    out = files["output_dir"]
+    assert "lm_head.weight" not in _weights(out) and len(_weights(out)) == 20
+    expected = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(tied).parameters())
+    assert json.loads((out / "manifest.json").read_text())["results"]["parameters"] == expected
+
+
 @pytest.mark.parametrize("place", ["loss", "weights"])
 def test_nan_has_its_own_exit_code_and_names_the_last_good_checkpoint(
     files: dict[str, Any], place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

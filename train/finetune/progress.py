@@ -42,6 +42,10 @@ class Reporting(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._count()
+        _log_if_due(state, control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        _log_if_due(state, control)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._counted_to = None  # saving and evaluating are not training
@@ -111,6 +115,15 @@ class Reporting(TrainerCallback):
     def _evaluation(self, state: Any, logs: dict[str, float]) -> None:
         evaluation = progress.show_evaluation(state.global_step, logs["eval_loss"])
         progress.append(self._metrics, {"step": state.global_step, **evaluation})
+
+
+def _log_if_due(state: Any, control: Any) -> None:
+    """Asks for a line at the last step, and wherever the run may end or go on: after an evaluation, from a checkpoint.
+
+    What was trained since the last line is kept nowhere else: its loss and tokens would be lost.
+    """
+    if control.should_save or control.should_evaluate or state.global_step >= state.max_steps:
+        control.should_log = True
 
 
 def _peak_memory(device: Any) -> dict[str, float]:

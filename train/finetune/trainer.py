@@ -14,18 +14,18 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from trl import SFTTrainer
 
 from train import outputs
 from train.errors import NonFiniteLossError, UserError, VerificationError
 from train.finetune import adapter, special_ids
 from train.finetune.folder import FinetuneFolder
+from train.finetune.held_out import HeldOutTrainer
 from train.finetune.masks import IGNORED
 
 _GOLDEN_TOKENS = 64
 
 
-class FinetuneTrainer(SFTTrainer):
+class FinetuneTrainer(HeldOutTrainer):
     """See the module."""
 
     def __init__(self, *, folder: FinetuneFolder, **arguments: Any) -> None:
@@ -40,8 +40,6 @@ class FinetuneTrainer(SFTTrainer):
         Here, since TRL has just waited for the GPU to count tokens: anywhere else in a step it would have to wait anew.
         """
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if not self.model.training:  # type: ignore[union-attr]  # an evaluation's loss may be anything
-            return found
         loss = found[0] if return_outputs else found
         step = self.state.global_step + 1
         if not bool((inputs["labels"][..., 1:] != IGNORED).any()):
@@ -49,6 +47,15 @@ class FinetuneTrainer(SFTTrainer):
         if not bool(torch.isfinite(loss.detach())):
             raise self._non_finite(step, float(loss))
         return found
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Leaves out the second name of a tied weight: under ZeRO-2 it comes as a copy, and would be saved as one."""
+        if state_dict is not None:
+            model = plain_model(self)
+            once = {name for name, _ in model.named_parameters()}
+            twice = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in twice}
+        super()._save(output_dir, state_dict=state_dict)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint with NaN in it would be taken for a good one."""
