@@ -127,6 +127,29 @@ def test_cutting_keeps_ids_and_labels_together(tokenizer: Any) -> None:
     assert example.cut(10_000) == example
 
 
+def test_an_answer_that_loses_its_end_by_the_cut_is_open(tokenizer_dirs: dict[str, Path]) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dirs["byte_level"])
+    tokenizer.chat_template = chat_template.build("### Human: ", "### Assistant: ")  # each answer begins joined
+    chat = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "the cat sees a dog"}] * 2
+    (example,) = masks.encode(tokenizer, [_conversation(chat)])
+    (first, first_end), (second, second_end) = [(a, b) for a, b, is_trained in masks.runs(example.labels) if is_trained]
+    told = {
+        length: (example.cut(length).ends_open, example.cut(length).joined)
+        for length in (first, first + 1, first_end - 1, first_end, second, second + 1, second_end)
+    }
+    assert told == {
+        first: (0, 0),
+        first + 1: (1, 1),
+        first_end - 1: (1, 1),
+        first_end: (0, 1),
+        second: (0, 1),
+        second + 1: (1, 2),
+        second_end: (0, 2),
+    }
+
+
 def test_people_see_what_is_trained(tokenizer: Any) -> None:
     chat = [{"role": "user", "content": "見る。"}, {"role": "assistant", "content": "犬 [bold]x[/bold] 🙂"}] * 2
     examples = masks.encode(tokenizer, [_conversation(chat)])

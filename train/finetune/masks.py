@@ -21,6 +21,26 @@ IGNORED = -100  # the label that torch's cross entropy leaves out
 
 
 @dataclass(frozen=True)
+class Answer:
+    """Where an answer stands among the tokens.
+
+    Attributes:
+        start: its first trained token.
+        end: the token after its last one; as `start` when it was joined away.
+        begins_joined: whether it begins inside a token, so that the prompt given at generation is not quite the one
+            that was trained on.
+        ends_joined: whether it ends inside a token.
+        ends_open: whether its last token is another one than the end token.
+    """
+
+    start: int
+    end: int
+    begins_joined: bool
+    ends_joined: bool
+    ends_open: bool
+
+
+@dataclass(frozen=True)
 class Example:
     """A conversation in tokens.
 
@@ -28,25 +48,37 @@ class Example:
         place: file and line it came from.
         input_ids: token ids of the whole text.
         labels: the same ids where they are trained, `IGNORED` elsewhere.
-        joined: how many answers begin or end inside a token, so that the prompt given at generation is not quite the
-            one that was trained on.
-        ends_open: how many answers do not end with the end token.
+        answers: what of it is trained, in order.
     """
 
     place: str
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
-    joined: int = 0
-    ends_open: int = 0
+    answers: tuple[Answer, ...] = ()
 
     @property
     def trained(self) -> int:
         """The number of tokens that are trained. The first one never is: nothing predicts it."""
         return sum(label != IGNORED for label in self.labels[1:])
 
+    @property
+    def joined(self) -> int:
+        """How many answers begin or end inside a token."""
+        return sum(answer.begins_joined or answer.ends_joined for answer in self.answers)
+
+    @property
+    def ends_open(self) -> int:
+        """How many answers do not end with the end token."""
+        return sum(answer.ends_open for answer in self.answers)
+
     def cut(self, length: int) -> Example:
-        """The first `length` tokens."""
-        return Example(self.place, self.input_ids[:length], self.labels[:length], self.joined, self.ends_open)
+        """The first `length` tokens. An answer that loses its end is open: nothing after it teaches to stop."""
+        answers = [
+            answer if answer.end <= length else Answer(answer.start, length, answer.begins_joined, False, True)
+            for answer in self.answers
+            if answer.start < length
+        ]
+        return Example(self.place, self.input_ids[:length], self.labels[:length], tuple(answers))
 
 
 def encode(tokenizer: Any, conversations: Sequence[Conversation]) -> list[Example]:
@@ -113,13 +145,13 @@ def print_examples(tokenizer: Any, examples: Sequence[Example], *, stream: TextI
 
 def _example(place: str, ids: list[int], marks: list[tuple[list[int], list[int]]], eos_id: int | None) -> Example:
     labels = [IGNORED] * len(ids)
-    joined = ends_open = 0
+    answers = []
     for before, upto in marks:
         start, end = _shared(before, ids), _shared(upto, ids)
         labels[start:end] = ids[start:end]
-        joined += start < len(before) or end < len(upto)
-        ends_open += end == start or ids[end - 1] != eos_id
-    return Example(place, tuple(ids), tuple(labels), joined, ends_open)
+        is_open = end == start or ids[end - 1] != eos_id
+        answers.append(Answer(start, end, start < len(before), end < len(upto), is_open))
+    return Example(place, tuple(ids), tuple(labels), tuple(answers))
 
 
 def _shared(prefix: Sequence[int], ids: Sequence[int]) -> int:
