@@ -68,6 +68,11 @@ def refuse(problems: Iterable[str]) -> None:
         raise UserError(found)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says first, to quote in a message of ours; its kind when it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 # How errors without an errno tell of a full disk: the system's words, and those of torch's file writer.
 _FULL_DISK_SIGNS = (os.strerror(errno.ENOSPC), ". unexpected pos ", "PytorchStreamWriter failed writing file")
 

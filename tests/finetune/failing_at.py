@@ -6,13 +6,13 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from train.finetune import launch
+from train.finetune import command as commands
 from train.process import Command
 
 
 def failing_at(step: int, what: str) -> Callable[..., Command]:
     """A worker that meets `what` when it comes to a step."""
-    original = launch.build_command
+    original = commands.build_command
     code = f"""
 import sys
 from train.finetune import trainer, worker

@@ -14,7 +14,7 @@ from finetune_samples import argv, call  # type: ignore[import-not-found]
 from train.cluster.launch import End
 from train.early_end import END_BY_VARIABLE
 from train.errors import EXIT_INTERRUPTED
-from train.finetune import launch
+from train.finetune import launch, prepare
 from train.finetune.folder import FinetuneFolder
 
 pytestmark = pytest.mark.slow
@@ -111,17 +111,17 @@ def test_the_time_budget_counts_while_the_examples_are_prepared(
     files: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Tokenizing a large set takes longer than the margin before the queue's wall time."""
-    clock, prepare, given = time.time, launch._prepare, []
+    clock, prepared, given = time.time, prepare.prepare, []
 
     def slow(*arguments: Any) -> Any:
         monkeypatch.setattr(time, "time", lambda: clock() + 3600)
-        return prepare(*arguments)
+        return prepared(*arguments)
 
     def run(plan: Any, *, log: Path) -> End:
         given.append(float(plan.job.environment[END_BY_VARIABLE]))
         return End(1, "")
 
-    monkeypatch.setattr(launch, "_prepare", slow)
+    monkeypatch.setattr(prepare, "prepare", slow)
     monkeypatch.setattr(launch.launch, "run", run)
     began = clock()
     assert call(*argv(files, time_budget_min=30)) == 1

@@ -16,11 +16,11 @@ from train.process import Command, capture
 CODE = """
 import json, sys
 from train.errors import UserError
-from train.finetune import inputs
+from train.finetune import sources
 from train.finetune.record_files import read_records
 for word in json.loads(sys.argv[1]):
     try:
-        files = inputs.find_data([word], flag="--data_files")
+        files = sources.find_data([word], flag="--data_files")
         print([record["output"] for file in files for _, record in read_records(file)])
     except UserError as error:
         print(error)

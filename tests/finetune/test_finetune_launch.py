@@ -15,7 +15,7 @@ from finetune_samples import SCRIPTS, SEEDS_LAUNCHER, argv, call, converted_sent
 
 from train import settings as settings_module
 from train.cluster.launch import End
-from train.finetune import launch
+from train.finetune import launch, unfinished
 from train.finetune.settings import FinetuneSettings
 
 BAD_SETTINGS = [
@@ -207,7 +207,7 @@ def test_a_job_without_its_nodes_names_is_refused(
 
 def test_two_launches_with_one_output(files: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     folder = launch.FinetuneFolder(files["output_dir"])
-    with launch._claimed(folder):
+    with unfinished.claimed(folder):
         assert call(*argv(files)) == 2
     assert "is being made by another process" in capsys.readouterr().err
 
@@ -349,13 +349,13 @@ def test_the_seeds_command_as_written(tmp_path: Path) -> None:
 
 
 def test_tokens_are_added_to_a_copy(base_model: Path, tmp_path: Path) -> None:
-    from train.finetune import inputs
+    from train.finetune import tokenizer_files
 
     before = (base_model / "tokenizer.json").read_bytes()
-    inputs.copy_tokenizer(base_model, tmp_path / "tokenizer")
+    tokenizer_files.copy(base_model, tmp_path / "tokenizer")
     assert (tmp_path / "tokenizer" / "tokenizer.json").read_bytes() == before
-    assert inputs.add_tokens(tmp_path / "tokenizer", ["<|new|>", "</s>", "<|new|>"]) == 1
-    known = len(inputs.load_tokenizer(base_model))
-    tokenizer = inputs.load_tokenizer(tmp_path / "tokenizer")
+    assert tokenizer_files.add_tokens(tmp_path / "tokenizer", ["<|new|>", "</s>", "<|new|>"]) == 1
+    known = len(tokenizer_files.load(base_model))
+    tokenizer = tokenizer_files.load(tmp_path / "tokenizer")
     assert tokenizer("x<|new|>", add_special_tokens=False)["input_ids"][-1] == known
     assert (base_model / "tokenizer.json").read_bytes() == before

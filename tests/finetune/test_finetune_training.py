@@ -14,7 +14,7 @@ from finetune_samples import SEEDS_LAUNCHER, argv, call  # type: ignore[import-n
 from train import process
 from train import settings as settings_module
 from train.errors import EXIT_INTERRUPTED, EXIT_NON_FINITE_LOSS, EXIT_VERIFICATION
-from train.finetune import launch
+from train.finetune import command, launch
 from train.finetune.settings import FinetuneSettings
 from train.process import Command
 
@@ -98,7 +98,7 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
 ) -> None:
     assert call(*argv(files, output_dir=tmp_path / "whole")) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(launch, "build_command", failing_at(7, "raise KeyboardInterrupt"))
+        patch.setattr(command, "build_command", failing_at(7, "raise KeyboardInterrupt"))
         assert call(*argv(files)) == EXIT_INTERRUPTED
     assert "goes on from the last checkpoint" in capsys.readouterr().err
     assert not files["output_dir"].exists()
@@ -123,7 +123,7 @@ def test_the_last_step_is_told_and_no_token_is_lost_by_an_interruption(
     seldom = files | {"logging_steps": 5}
     assert call(*argv(seldom, output_dir=tmp_path / "whole")) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(launch, "build_command", failing_at(7, "raise KeyboardInterrupt"))
+        patch.setattr(command, "build_command", failing_at(7, "raise KeyboardInterrupt"))
         assert call(*argv(seldom)) == EXIT_INTERRUPTED
     assert call(*argv(seldom)) == 0
     told = capsys.readouterr().out
@@ -163,7 +163,7 @@ def test_nan_has_its_own_exit_code_and_names_the_last_good_checkpoint(
         "loss": "next(model.parameters()).data.fill_(float('nan'))",
         "weights": "self.optimizer.step = lambda *a, **k: next(model.parameters()).data.fill_(float('inf'))",
     }
-    monkeypatch.setattr(launch, "build_command", failing_at({"loss": 6, "weights": 8}[place], spoil[place]))
+    monkeypatch.setattr(command, "build_command", failing_at({"loss": 6, "weights": 8}[place], spoil[place]))
     assert call(*argv(files)) == EXIT_NON_FINITE_LOSS
     told = capsys.readouterr().err
     assert "loss or weights are nan" in told and "checkpoint-4" in told
@@ -173,7 +173,7 @@ def test_nan_has_its_own_exit_code_and_names_the_last_good_checkpoint(
 def test_a_batch_that_trains_nothing_stops_the_run(
     files: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(launch, "build_command", failing_at(2, "inputs['labels'].fill_(-100)"))
+    monkeypatch.setattr(command, "build_command", failing_at(2, "inputs['labels'].fill_(-100)"))
     assert call(*argv(files)) == 2
     assert "step 2: a batch has no token to train" in capsys.readouterr().err
 
@@ -202,7 +202,7 @@ def test_a_full_disk_is_one_message(
     files: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     full = "import errno; raise OSError(errno.ENOSPC, 'No space left on device', 'model.safetensors')"
-    monkeypatch.setattr(launch, "build_command", failing_at(2, full))
+    monkeypatch.setattr(command, "build_command", failing_at(2, full))
     assert call(*argv(files)) == 2
     told = capsys.readouterr()
     assert "error: model.safetensors: no space left: free some" in told.err

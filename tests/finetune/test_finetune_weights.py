@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from train.errors import UserError
-from train.finetune import examples, inputs, mixture
+from train.finetune import examples, mixture
 from train.finetune.settings import FinetuneSettings
+from train.finetune.sources import find_sources
 
 
 @pytest.mark.parametrize(
@@ -57,7 +58,7 @@ def _prepared(tokenizer: Any, settings: FinetuneSettings, folder: Path) -> tuple
     """The two accounts, and the texts that are trained on and held out."""
     from datasets import Dataset
 
-    sources = inputs.find_sources(settings.data_files, settings.data_weights, flag="--data_files")
+    sources = find_sources(settings.data_files, settings.data_weights, flag="--data_files")
     train, held_out = folder / "train.arrow", folder / "eval.arrow"
     account, eval_account = examples.prepare_all(tokenizer, sources, settings, train, held_out)
     texts: list[list[str]] = []
@@ -144,8 +145,8 @@ def test_what_cannot_be_mixed(tokenizer: Any, data: tuple[Path, Path], write_jso
         _prepared(tokenizer, _settings(data, eval_size=40.0), long.parent)
     pattern = str(data[0].parent / "few*.jsonl")
     with pytest.raises(UserError, match="an entry before it names the same files"):
-        inputs.find_sources([str(data[0]), pattern], [1, 1], flag="--data_files")
-    assert [len(source.files) for source in inputs.find_sources([str(data[0]), pattern], [], flag="-")] == [1, 0]
+        find_sources([str(data[0]), pattern], [1, 1], flag="--data_files")
+    assert [len(source.files) for source in find_sources([str(data[0]), pattern], [], flag="-")] == [1, 0]
 
 
 @pytest.mark.parametrize(

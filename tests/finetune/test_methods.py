@@ -228,15 +228,15 @@ def test_offload_is_stated_in_deepspeeds_json(capsys: pytest.CaptureFixture[str]
 
 def test_a_spread_model_has_one_process_and_sees_all_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     from train.cluster.allocation import Allocation
-    from train.finetune import launch
+    from train.finetune import command
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert launch._processes(settings(device_map="auto")) == 1 and launch._processes(settings()) == 0
+    assert command.processes(settings(device_map="auto")) == 1 and command.processes(settings()) == 0
     where = dataclasses.replace(_this_machine(), device="cuda")
     assert isinstance(where, Allocation) and where.world_size == 1
     folder = FinetuneFolder(Path("out"))
-    alone = launch.build_command(settings(), where, folder).environment
-    spread = launch.build_command(settings(device_map="auto"), where, folder).environment
+    alone = command.build_command(settings(), where, folder).environment
+    spread = command.build_command(settings(device_map="auto"), where, folder).environment
     assert alone["CUDA_VISIBLE_DEVICES"] == "0" and "CUDA_VISIBLE_DEVICES" not in spread
 
 

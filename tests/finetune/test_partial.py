@@ -14,7 +14,7 @@ from finetune_samples import argv, call  # type: ignore[import-not-found]
 
 from train.checkpoint import verification
 from train.errors import EXIT_INTERRUPTED, VerificationError
-from train.finetune import changes, launch
+from train.finetune import changes, command
 
 METHODS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -81,7 +81,7 @@ def test_two_processes_under_zero_train_what_one_process_trains(
     if method == "lora":
         resumed = tmp_path / "resumed"
         with monkeypatch.context() as patch:
-            patch.setattr(launch, "build_command", failing_at(4, "raise KeyboardInterrupt"))
+            patch.setattr(command, "build_command", failing_at(4, "raise KeyboardInterrupt"))
             words = argv(files, **how, **spread, output_dir=resumed, zero_stage=3)
             assert call(*words) == EXIT_INTERRUPTED and not resumed.exists()
         assert call(*words) == 0
@@ -105,7 +105,7 @@ def test_a_lora_with_dropout_is_resumed_exactly(
     how["trainer_arguments"] = ["neftune_noise_alpha=5", "optim=adafactor"]
     assert call(*argv(files, **how, output_dir=tmp_path / "whole")) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(launch, "build_command", failing_at(4, "raise KeyboardInterrupt"))
+        patch.setattr(command, "build_command", failing_at(4, "raise KeyboardInterrupt"))
         assert call(*argv(files, **how)) == EXIT_INTERRUPTED
     assert call(*argv(files, **how)) == 0
     one, other = _tensors(tmp_path / "whole"), _tensors(files["output_dir"])

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from train.finetune import masks
-from train.finetune.inputs import Source
+from train.finetune.sources import Source
 
 
 @dataclass

@@ -20,8 +20,8 @@ from train.errors import UserError, refuse
 from train.finetune import data_settings, masks, mixture
 from train.finetune.account import Account, Part
 from train.finetune.conversations import read_conversations
-from train.finetune.inputs import Source
 from train.finetune.settings import FinetuneSettings
+from train.finetune.sources import Source
 
 _BATCH = 512
 

@@ -6,16 +6,18 @@ goes on. When all is proven, `whole/` inside it is renamed to the output: that n
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from train import manifest, outputs
 from train.checkpoint_folders import GOLDEN_LOGITS
-from train.errors import UserError
+from train.errors import UserError, user_message
 from train.finetune.settings import FinetuneSettings
 from train.settings import setting
 
@@ -155,6 +157,23 @@ class FinetuneFolder:
         found = [(_CHECKPOINT.fullmatch(path.name), path) for path in self.checkpoint_dir.iterdir()]
         steps = [(int(match[1]), path) for match, path in found if match and checkpoint_mark(path).is_file()]
         return max(steps)[1] if steps else None
+
+    @contextlib.contextmanager
+    def named_in_errors(self) -> Iterator[None]:
+        """Names the output where an error of the user's names no file: a full disk often says no more than that.
+
+        Raises:
+            UserError: such an error came up.
+        """
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            message = user_message(error)
+            if message is None or getattr(error, "filename", None):
+                raise
+            raise UserError(f"{self.output}: {message}") from error
 
     def remove_half_written(self) -> None:
         """Removes what a run that broke off while saving cannot go on with."""

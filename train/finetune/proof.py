@@ -38,8 +38,16 @@ def prove(plan: Plan, folder: FinetuneFolder) -> dict[str, Any]:
         checks = verify.verify(folder.model_dir, verify.Source(golden_logits=folder.golden_logits))
         checks["changes"] = changes.compare(plan.model_dir, folder.model_dir, trained=set(told["trained"]))
     checks["weights"] |= {"compared_with": "the live weights of the training process", **told["weights"]}
-    checks["tokenizer"] |= {"compared_with": "none: the base model's own files, byte for byte, and a chat template"}
+    checks["tokenizer"] |= {"compared_with": f"none: {_tokenizer_files(plan)}, and a chat template"}
     print(verify.summary(checks))
     if "changes" in checks:
         print(changes.summary(checks["changes"]))
     return checks | {"best": told["best"]}
+
+
+def _tokenizer_files(plan: Plan) -> str:
+    named = plan.finetune.tokenizer_name_or_path
+    files = "the base model's own files" if named is None else f"the files of {named}"
+    if plan.added_tokens:
+        return f"{files} with {plan.added_tokens:,} tokens added"
+    return f"{files}, byte for byte"

@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(plan: Plan, folder: FinetuneFolder) -> None:
     try:
-        train(plan, folder)
+        with folder.named_in_errors():
+            train(plan, folder)
     except early_end.EndedEarlyError:
         raise
     except Exception:

@@ -16,7 +16,7 @@ from typing import Any
 from train.checkpoint import verification
 from train.errors import UserError, VerificationError
 from train.finetune import adapter as adapters
-from train.finetune import inputs
+from train.finetune import base_model, tokenizer_files
 
 PRECISIONS = {"stored": None, "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -55,14 +55,14 @@ def find(name: str, adapter: str | None = None, *, flag: str = "--model_name_or_
     if adapter is None:
         folder = _adapter_folder(name)
         if folder is None:
-            return Sources(inputs.find_model(name, flag=flag))
+            return Sources(base_model.find_model(name, flag=flag))
         return Sources(_base_of(folder), _checked(folder, flag=flag))
     given = _adapter_folder(adapter)
     if given is None:
         raise UserError(f"--adapter {adapter} has no {adapters.CONFIG}: name the folder of a LoRA finetuning.")
     if _adapter_folder(name) is not None:
         raise UserError(f"{flag} {name} is an adapter itself: name its base model, or leave --adapter out.")
-    return Sources(inputs.find_model(name, flag=flag), _checked(given, flag="--adapter"))
+    return Sources(base_model.find_model(name, flag=flag), _checked(given, flag="--adapter"))
 
 
 def load(sources: Sources, *, device: str = "auto", precision: str = "stored") -> tuple[Any, Any]:
@@ -86,7 +86,7 @@ def load(sources: Sources, *, device: str = "auto", precision: str = "stored") -
     model, tokenizer = verify.load(sources.base)
     if sources.adapter is not None:
         if sources.tokenizer != sources.base:
-            tokenizer = inputs.load_tokenizer(sources.adapter)
+            tokenizer = tokenizer_files.load(sources.adapter)
         model = _with_adapter(model, sources.adapter, rows=len(tokenizer))
         if (sources.adapter / "generation_config.json").is_file():  # it may name more end tokens than the base's
             model.generation_config = GenerationConfig.from_pretrained(sources.adapter)
@@ -131,7 +131,7 @@ def _hub_adapter(name: str) -> Path | None:
     try:
         hf_hub_download(name, adapters.CONFIG)
         return Path(snapshot_download(name, allow_patterns=list(verification.MODEL_FILES)))
-    except Exception:  # it is none, or cannot be reached: inputs.find_model says which
+    except Exception:  # it is none, or cannot be reached: base_model.find_model says which
         return None
 
 
@@ -152,7 +152,7 @@ def _base_of(adapter: Path) -> Path:
     if not named:
         raise UserError(f"{file} names no base model: pass --model_name_or_path BASE --adapter {adapter}.")
     try:
-        return inputs.find_model(str(named), flag=f"{file}: base_model_name_or_path")
+        return base_model.find_model(str(named), flag=f"{file}: base_model_name_or_path")
     except UserError as error:
         where = f"the base model can be named too: --model_name_or_path BASE --adapter {adapter}."
         raise UserError([*error.problems, where[0].upper() + where[1:]]) from None
