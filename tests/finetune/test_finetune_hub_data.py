@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from dataset_server import DatasetServer  # type: ignore[import-not-found]
 
+from train.errors import UserError
 from train.finetune import hub_data
 from train.process import Command, capture
 
@@ -60,6 +61,9 @@ def test_what_is_a_name_and_what_a_file(tmp_path: Path, monkeypatch: pytest.Monk
         assert hub_data.is_name(word), word
     for word in ("name", "a/b.jsonl", "a/b.json.gz", "a/b/c", "a/*", "./a", "/a/b", "../b", "a/b:c:d:e", "a/b:c/d"):
         assert not hub_data.is_name(word), word
+    for word in ("owner/name:train[:100]", "owner/name:train[10%]"):
+        with pytest.raises(UserError, match=r"a part of a split is not to be had: name all of it; --eval_size"):
+            hub_data.find(word, flag="--data_files")
     (tmp_path / "owner").mkdir()
     (tmp_path / "owner" / "name").write_text("x")
     assert not hub_data.is_name("owner/name")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -15,7 +16,9 @@ from finetune_samples import SCRIPTS, SEEDS_LAUNCHER, argv, call, converted_sent
 
 from train import settings as settings_module
 from train.cluster.launch import End
-from train.finetune import launch, unfinished
+from train.errors import UserError
+from train.finetune import launch, proof, results, tokenizer_files, unfinished
+from train.finetune.folder import FinetuneFolder, Plan
 from train.finetune.settings import FinetuneSettings
 
 BAD_SETTINGS = [
@@ -104,6 +107,10 @@ BAD_INPUTS: list[tuple[Callable[[Path, Path], dict[str, Any]], str]] = [
         lambda tmp, base: {"output_dir": _write(tmp / "o" / "tokenizer_config.json", "{}").parent, "overwrite": True},
         "holds no manifest.json, so no step made it",
     ),
+    (
+        lambda tmp, base: {"output_dir": "/proc/x/y"},
+        "--output_dir /proc/x/y cannot be made (No such file or dir",
+    ),
     (lambda tmp, base: {"output_dir": base, "overwrite": True}, "are one folder, or one lies inside the other"),
     (lambda tmp, base: {"output_dir": base.parent, "overwrite": True}, "are one folder, or one lies inside the other"),
     (lambda tmp, base: {"output_dir": base / "finetuned"}, "are one folder, or one lies inside the other"),
@@ -114,6 +121,18 @@ BAD_INPUTS: list[tuple[Callable[[Path, Path], dict[str, Any]], str]] = [
     (lambda tmp, base: {"max_seq_length": 129}, "--max_seq_length 129: the model has 128 positions"),
     (lambda tmp, base: {"max_seq_length": 8}, "have no answer within --max_seq_length 8"),
     (lambda tmp, base: {"max_seq_length": 8, "too_long": "drop"}, "12 were longer than --max_seq_length 8"),
+    (
+        lambda tmp, base: {"trainer_arguments": "dataloader_drop_last=true", "per_device_train_batch_size": 13},
+        "dataloader_drop_last: 12 examples are fewer than one batch of 13",
+    ),
+    (
+        lambda tmp, base: {
+            "trainer_arguments": "dataloader_drop_last=true",
+            "per_device_train_batch_size": 7,
+            "num_processes": 2,
+        },
+        "12 examples are fewer than one batch of 14",
+    ),
     (lambda tmp, base: {"use_flash_attention_2": True}, "--use_flash_attention_2 needs a GPU"),
     (lambda tmp, base: {"instruction_template": "Q:"}, "no 'Q:'; name the right --instruction_template"),
 ]
@@ -133,6 +152,88 @@ def test_bad_inputs_end_before_anything_is_written(
     assert call(*argv(files, **changed)) == 2
     assert message in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [
+        ({"per_device_train_batch_size": 12}, None),
+        (
+            {"per_device_train_batch_size": 13},
+            "note: there are 12 examples and 13 places in a step: each step",
+        ),
+        ({"per_device_train_batch_size": 13, "packing": True}, None),
+        (
+            {"per_device_train_batch_size": 4, "num_processes": 2, "gradient_accumulation_steps": 2},
+            "note: there are 12 examples and 16 places in a step: each step takes them all, some of them more than",
+        ),
+    ],
+)
+def test_a_step_with_more_places_than_there_are_examples_is_told(
+    files: dict[str, Any],
+    changes: dict[str, Any],
+    note: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(launch.launch, "run", lambda plan, *, log: End(1, ""))
+    assert call(*argv(files, **changes)) == 1
+    told = capsys.readouterr().out
+    assert note in told if note else "places in a step" not in told
+
+
+def test_a_tokenizer_that_means_other_pieces_is_told(
+    files: dict[str, Any],
+    tokenizer_dirs: dict[str, Path],
+    base_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(launch.launch, "run", lambda plan, *, log: End(1, ""))
+    grown = _copy(base_model, tmp_path / "grown")
+    tokenizer_files.add_tokens(grown, ["<|new|>"])  # more than the base's own, which mean what they meant
+    config = json.loads((base_model / "config.json").read_text()) | {"vocab_size": 700}
+    base = _copy(base_model, tmp_path / "base")
+    (base / "config.json").write_text(json.dumps(config))
+    told = {}
+    for name in (grown, _copy(base_model, tmp_path / "same"), tokenizer_dirs["byte_level"]):
+        assert call(*argv(files, model_name_or_path=base, tokenizer_name_or_path=name, resume="never")) == 1
+        told[name.name] = "ids mean other pieces in the base model's own tokenizer" in capsys.readouterr().out
+    assert told == {"grown": False, "same": False, tokenizer_dirs["byte_level"].name: True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "added", "expected"),
+    [
+        ({}, 0, "the base model's own files, byte for byte"),
+        ({}, 3, "the base model's own files with 3 tokens added"),
+        ({"tokenizer_name_or_path": "other"}, 0, "the files of other, byte for byte"),
+    ],
+)
+def test_whose_tokenizer_was_copied_is_told(changes: dict[str, Any], added: int, expected: str) -> None:
+    settings = FinetuneSettings("owner/name", Path("out"), **changes)
+    plan = Plan(settings, Path("m"), "cpu", "owner/name", None, 0, None, added_tokens=added)
+    assert proof._tokenizer_files(plan) == expected
+
+
+def test_a_finetuning_that_is_worse_than_its_base_is_told() -> None:
+    run = {"first_loss": 3.0, "last_loss": 1.0, "steps": 8, "first_eval_loss": 2.0, "eval_loss": 2.5, "best": None}
+    assert "note: held-out loss 2.0000 -> 2.5000: the finetuned model is no better" in results.summary(run)
+    assert "the best checkpoint, of step 4, is no better" in results.summary(run | {"best": {"step": 4}})
+    for better in ({"eval_loss": 1.9}, {"eval_loss": None, "first_eval_loss": None}):
+        assert results.summary(run | better) == "loss 3.0000 -> 1.0000 in 8 steps"
+
+
+def test_an_error_without_a_file_names_the_output(tmp_path: Path) -> None:
+    folder = FinetuneFolder(tmp_path / "out")
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(UserError, match=rf"^{tmp_path}/out: no space left: free some"), folder.named_in_errors():
+        raise RuntimeError("a library's own") from full
+    for error in (OSError(errno.ENOSPC, "-", "named.bin"), RuntimeError("ours"), UserError("told")):
+        with pytest.raises(type(error)) as caught, folder.named_in_errors():
+            raise error
+        assert caught.value is error
 
 
 def test_problems_are_told_together(files: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -349,8 +450,6 @@ def test_the_seeds_command_as_written(tmp_path: Path) -> None:
 
 
 def test_tokens_are_added_to_a_copy(base_model: Path, tmp_path: Path) -> None:
-    from train.finetune import tokenizer_files
-
     before = (base_model / "tokenizer.json").read_bytes()
     tokenizer_files.copy(base_model, tmp_path / "tokenizer")
     assert (tmp_path / "tokenizer" / "tokenizer.json").read_bytes() == before

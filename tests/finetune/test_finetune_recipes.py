@@ -151,6 +151,19 @@ def test_a_folder_named_by_a_variable_that_is_not_set_is_left_to_the_flag() -> N
         ("training: {eval_strategy: epoch, eval_steps: 5}", {"eval_size": 1000}),
         ("training: {eval_strategy: steps, eval_steps: 5, eval_size: 9}", {"eval_steps": 5, "eval_size": 9}),
         ("training: {eval_steps: 5}", {}),
+        ("training: {report_to: [wandb, tensorboard]}", {"use_wandb": True}),
+        ("training: {report_to: [tensorboard]}", {}),
+        (
+            "training: {adam_epsilon: 1e-8, neftune_noise_alpha: null, tf32: true, lr_scheduler_kwargs: {a: 2}}",
+            {
+                "trainer_arguments": [
+                    "adam_epsilon=1e-8",
+                    "neftune_noise_alpha=null",
+                    "tf32=true",
+                    'lr_scheduler_kwargs={"a": 2}',
+                ]
+            },
+        ),
         ("training: {report_to: wandb, load_best_model_at_end: true}", {"use_wandb": True, "keep_best": True}),
         (
             "training: {optim: adafactor}\ntrainer_arguments: [tf32=true]",
@@ -185,6 +198,10 @@ BAD_RECIPES = [
     ("training: {save_strategy: epoch}", "training.save_strategy 'epoch': one of steps, no is to be had"),
     ("training: {metric_for_best_model: rouge}", "only eval_loss is compared"),
     ("dataset: {path: a/b, data_files: x.csv}", "path alone, or json or parquet as path with data_files"),
+    (
+        "dataset: {path: a/b, split: 'train[:100]'}",
+        "dataset.split train[:100]: a part of a split is not to be had",
+    ),
     ("outputs: {dirname: a$}", "outputs.dirname 'a$' has a $ that begins no variable's name"),
 ]
 
@@ -194,6 +211,22 @@ def test_what_cannot_be_had(text: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         _translated(text)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "note"),
+    [
+        ("training: {report_to: [wandb, mlflow]}", "training.report_to mlflow has no effect: W&B and TensorBoard are"),
+        (
+            "training: {evaluation_strategy: no}\neval_data_files: [x]",
+            "training.eval_strategy no has no effect: held",
+        ),
+        ("training: {eval_strategy: no}\neval_size: 9", "training.eval_strategy no has no effect"),
+    ],
+)
+def test_what_has_no_effect_is_told(text: str, note: str) -> None:
+    (told,) = _translated(text)[1]
+    assert note in told
 
 
 def test_all_problems_are_told_together() -> None:

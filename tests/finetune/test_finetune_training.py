@@ -176,6 +176,28 @@ def test_a_batch_that_trains_nothing_stops_the_run(
     monkeypatch.setattr(command, "build_command", failing_at(2, "inputs['labels'].fill_(-100)"))
     assert call(*argv(files)) == 2
     assert "step 2: a batch has no token to train" in capsys.readouterr().err
+    assert not launch.FinetuneFolder(files["output_dir"]).root.exists()  # nothing to go on with
+
+
+def test_a_package_that_only_the_ranks_miss_is_one_message(
+    files: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = "raise ImportError('You need lomo_optim.\\nInstall it.')"
+    monkeypatch.setattr(command, "build_command", failing_at(1, missing))
+    assert call(*argv(files, trainer_arguments="optim=adafactor")) == 2
+    told = capsys.readouterr()
+    assert "error: --trainer_arguments optim=adafactor: You need lomo_optim." in told.err
+    assert "Traceback" not in told.out + told.err
+    assert not launch.FinetuneFolder(files["output_dir"]).root.exists()
+
+
+def test_packed_sequences_that_make_no_batch_end_before_training(
+    files: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"packing": True, "trainer_arguments": "dataloader_drop_last=true", "per_device_train_batch_size": 11}
+    assert call(*argv(files, **changes)) == 2
+    assert "dataloader_drop_last:" in (told := capsys.readouterr().err) and "fewer than one batch of 11" in told
+    assert not launch.FinetuneFolder(files["output_dir"]).root.exists()
 
 
 def test_what_was_saved_differently_is_not_handed_over(
@@ -222,7 +244,7 @@ def test_a_disk_that_is_really_full_is_one_message(
     try:
         assert call(*argv(files, output_dir=disk / "out", max_steps=4, save_steps=2)) == 2
         err = capsys.readouterr().err
-        assert "no space left: free some" in err and "Traceback" not in err
+        assert f"{disk}/" in err and "no space left: free some" in err and "Traceback" not in err
         kept = launch.FinetuneFolder(disk / "out").checkpoint()
         assert (kept is not None) == (size_kib == 1100)  # to go on with, once there is room
     finally:
@@ -248,6 +270,8 @@ def test_packing_truncation_and_added_tokens(files: dict[str, Any]) -> None:
     assert 0 < account["truncated"] < 12 and account["examples"] == 12
     tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForCausalLM.from_pretrained(out)
     assert model.config.vocab_size == len(tokenizer) > 600
+    compared_with = json.loads((out / "verification.json").read_text())["tokenizer"]["compared_with"]
+    assert compared_with == "none: the base model's own files with 400 tokens added, and a chat template"
 
 
 def test_zero_3_on_two_processes_trains_what_one_process_trains(

@@ -90,7 +90,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"trainables": "layers.2"}, "--trainables 'layers.2' is the name of no module"),
     ({"peft_target_modules": ["q_proj", "c_attn"]}, "'c_attn' is the name of no module of this model; there are"),
     ({"peft_target_model": "llm-jp"}, "--peft_target_model: 'c_attn' is the name of no module"),
-    ({"peft_target_modules": "lm_head"}, "'lm_head' can have no adapter in this model; these can: model.embed_tokens"),
+    (
+        {"peft_target_modules": "lm_head"},
+        "'lm_head' can have no adapter in this model; these can: model.layers.*",
+    ),
+    ({"peft_target_modules": ["q_proj", "embed_tokens"]}, "'embed_tokens' can have no adapter in this model"),
     ({"peft_target_modules": "mlp"}, "'mlp' can have no adapter in this model"),
     ({"use_peft": True, "additional_special_tokens": "<new>"}, "adds 1 rows to the embeddings, which --method lora"),
     ({"trainables": "layers.1", "additional_special_tokens": "<new>"}, "or partial with the embeddings among"),
@@ -98,6 +102,16 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"trainer_arguments": "neftune_noise_alfa=5"}, "did you mean neftune_noise_alpha?"),
     ({"trainer_arguments": "neftune_noise_alpha=much"}, "--trainer_arguments neftune_noise_alpha=much: input should"),
     ({"trainer_arguments": "optim=[a"}, "the value is not YAML"),
+    (
+        {"trainer_arguments": "adam_epsilon=null"},
+        "adam_epsilon=null: input should be a valid number",
+    ),
+    ({"trainer_arguments": "optim=nonsense"}, "optim=nonsense: there is no such optimizer; known are adamw_torch, "),
+    ({"trainer_arguments": "optim=adafactr"}, "there is no such optimizer; did you mean adafactor?"),
+    (
+        {"trainer_arguments": "dataloader_prefetch_factor=2"},
+        "can only be set when data is loaded in",
+    ),
     ({"trainer_arguments": "learning_rate=1"}, "the launcher decides it; pass --learning_rate instead"),
     ({"trainer_arguments": "max_length=1"}, "the launcher decides it; pass --max_seq_length instead"),
     ({"trainer_arguments": "hub_token=secret"}, "hub_token: the launcher decides it; leave it out"),
@@ -201,13 +215,48 @@ def test_what_the_launcher_decides_is_known_to_trl(tmp_path: Path) -> None:
 
 
 def test_trainer_arguments_are_yaml_values() -> None:
-    given = ("neftune_noise_alpha=5", "optim=adafactor", "group_by_length=true", "optim_args=a=1,b=2")
-    assert trainer_arguments.given(settings(trainer_arguments=given)) == {
+    words = ("neftune_noise_alpha=5", "optim=adafactor", "dataloader_drop_last=true", "optim_args=a=1,b=2")
+    words += ("adam_epsilon=1e-8", "lr_scheduler_kwargs={num_cycles: 2}")  # without a point, 1e-8 is a word to YAML
+    given = settings(trainer_arguments=words)
+    assert not list(trainer_arguments.problems(given, FinetuneFolder(Path("out"))))
+    assert trainer_arguments.given(given) == {
         "neftune_noise_alpha": 5,
         "optim": "adafactor",
-        "group_by_length": True,
+        "dataloader_drop_last": True,
         "optim_args": "a=1,b=2",
+        "adam_epsilon": 1e-8,
+        "lr_scheduler_kwargs": {"num_cycles": 2},
     }
+
+
+@pytest.mark.parametrize(
+    ("word", "package"),
+    [
+        ("optim=adamw_bnb_8bit", "bitsandbytes"),
+        ("optim=paged_adamw_32bit", "bitsandbytes"),
+        ("use_liger_kernel=true", "liger-kernel"),
+        ("optim=adamw_torch_fused", None),
+    ],
+)
+def test_packages_for_trainer_arguments_are_asked_for(
+    word: str, package: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_arguments, "find_spec", lambda name: None)
+    found = list(trainer_arguments.problems(settings(trainer_arguments=(word,)), FinetuneFolder(Path("out"))))
+    assert [f"pip install {package}" in problem for problem in found] == ([True] if package else [])
+
+
+def test_a_launcher_that_checks_trainer_arguments_becomes_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a job of several tasks the environment names ranks, whom the launcher must not wait for."""
+    import torch.distributed
+    from accelerate.state import PartialState
+
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    before = dict(PartialState._shared_state)
+    given = settings(trainer_arguments=("tf32=true", "optim=adafactor"), bf16=True)  # TF32 is the ranks' GPUs' affair
+    assert not list(trainer_arguments.problems(given, FinetuneFolder(Path("out"))))
+    assert not torch.distributed.is_initialized() and PartialState._shared_state == before
 
 
 def test_offload_is_stated_in_deepspeeds_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,14 +9,14 @@ step that writes a model may.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.checkpoint.safetensors_folder import SafetensorsFolder
 from train.checkpoint.streamed_model import compute_logits
-from train.errors import UserError, VerificationError
+from train.errors import UserError, VerificationError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,8 +110,7 @@ def load(folder: Path, *, without_weights: bool = False) -> tuple[Any, Any]:
         model, info = loaded
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{folder} cannot be loaded: {first_line}") from None
+        raise UserError(f"{folder} cannot be loaded: {first_line(error)}") from None
     wrong = [f"{folder}: {count} weights are {what}" for what, count in _loading_problems(info)]
     if wrong:
         raise VerificationError(wrong)
@@ -199,20 +198,42 @@ def _check_logits(model: Any, stored: SafetensorsFolder, source: Source, problem
             f"the golden logits are of {golden.shape[-1]} pieces, the model of {vocab_size}: wrong tokenizer?"
         )
         return record
+    record |= compare_logits(golden[..., :vocab_size], dtype, logits_in)
+    problems.extend(logits_problems(record, "the logits"))
+    return record
+
+
+def compare_logits(golden: Tensor, dtype: str, logits_in: Callable[[str], Tensor]) -> dict[str, Any]:
+    """Holds a folder's logits against those of the training process.
+
+    Args:
+        golden: float32 [1, n, vocabulary].
+        dtype: the type that they were computed in.
+        logits_in: computes the folder's, float32 of the same shape, in a type.
+
+    Returns:
+        `tolerance`, `relative_difference` and `finite`; where rounding explains more, `tolerance_is` and `rounding`.
+    """
+    tolerance = LOGITS_TOLERANCE.get(dtype, LOGITS_TOLERANCE["float32"])
     logits = logits_in("float32")
-    golden = golden[..., :vocab_size]
     difference = _relative_difference(logits, golden)
+    record: dict[str, Any] = {}
     if not difference <= tolerance and dtype in ("bfloat16", "float16"):
         rounding = _relative_difference(logits_in(dtype), logits)
         tolerance = max(tolerance, min(2 * rounding, _LARGEST_ROUNDING))
-        record |= {"tolerance": tolerance, "tolerance_is": ROUNDING_MEASURE, "rounding": rounding}
-    record |= {"relative_difference": difference, "finite": bool(logits.isfinite().all())}
+        record = {"tolerance_is": ROUNDING_MEASURE, "rounding": rounding}
+    found = {"tolerance": tolerance, "relative_difference": difference, "finite": bool(logits.isfinite().all())}
+    return record | found
+
+
+def logits_problems(record: Mapping[str, Any], whose: str) -> Iterator[str]:
+    """What is wrong by the record of `compare_logits`."""
+    difference, tolerance = record["relative_difference"], record["tolerance"]
     if not difference <= tolerance:  # NaN is no pass
-        problems.append(
-            f"the logits differ from the training process's own by {difference:.3g}, "
+        yield (
+            f"{whose} differ from the training process's own by {difference:.3g}, "
             f"{tolerance:.3g} is allowed ({LOGITS_MEASURE})."
         )
-    return record
 
 
 def _relative_difference(logits: Tensor, golden: Tensor) -> float:

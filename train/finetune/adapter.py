@@ -11,18 +11,18 @@ adapter: https://huggingface.co/docs/peft/developer_guides/checkpoint
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.checkpoint.verify import LOGITS_MEASURE, LOGITS_TOLERANCE, ROUNDING_MEASURE, read_golden_logits
-from train.errors import UserError, VerificationError
+from train.checkpoint.verify import LOGITS_MEASURE, compare_logits, logits_problems, read_golden_logits
+from train.errors import UserError, VerificationError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_LARGEST_ROUNDING = 0.25  # as in train.checkpoint.verify: beyond it the proof would be none
 
 
 def save(model: Any, tensors: Mapping[str, Tensor], to: Path) -> None:
@@ -73,10 +73,10 @@ def attach(base: Any, adapter_dir: Path) -> Any:
     try:
         stored = load_file(adapter_dir / WEIGHTS)
         refuse_empty(stored)
-        model = PeftModel.from_pretrained(base, str(adapter_dir))
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # between PEFT and transformers
+            model = PeftModel.from_pretrained(base, str(adapter_dir))
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{adapter_dir} cannot be loaded on its base model: {first_line}") from None
+        raise UserError(f"{adapter_dir} cannot be loaded on its base model: {first_line(error)}") from None
     live = {name: tensor.shape for name, tensor in get_peft_model_state_dict(model).items()}
     wrong = [f"the adapter lacks {name}." for name in sorted(live.keys() - stored.keys())]
     wrong += [f"the adapter has {name}, for which the base has no place." for name in sorted(stored.keys() - live)]
@@ -104,8 +104,7 @@ def load(base_dir: Path, adapter_dir: Path, *, dtype: str) -> Any:
     try:
         base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=dtype, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{base_dir} cannot be loaded: {first_line}") from None
+        raise UserError(f"{base_dir} cannot be loaded: {first_line(error)}") from None
     model = attach(base, adapter_dir)
     bad = sorted(
         saved_name(name)
@@ -141,31 +140,24 @@ def prove(base_dir: Path, adapter_dir: Path, golden_logits: Path, *, is_quantize
             logits: Tensor = model.to(getattr(torch, dtype))(input_ids=input_ids, use_cache=False).logits.float()
         return logits
 
-    logits = logits_in("float32")
-    record: dict[str, Any] = {"finite": bool(logits.isfinite().all())}
-    problems = [] if record["finite"] else ["the logits of base and adapter hold NaN or infinity."]
     if is_quantized:
-        record["compared_with"] = "none: the base was quantized in training, the one on disk is not"
+        record: dict[str, Any] = {
+            "compared_with": "none: the base was quantized in training, the one on disk is not",
+            "finite": bool(logits_in("float32").isfinite().all()),
+        }
+        problems: list[str] = []
     else:
         dtype = computed_in or "float32"
-        tolerance, difference = LOGITS_TOLERANCE[dtype], _relative_difference(logits, golden)
-        if not difference <= tolerance and dtype != "float32":
-            rounding = _relative_difference(logits_in(dtype), logits)
-            tolerance = max(tolerance, min(2 * rounding, _LARGEST_ROUNDING))
-            record |= {"tolerance_is": ROUNDING_MEASURE, "rounding": rounding}
-        record |= {
+        record = {
             "compared_with": f"{golden_logits.name} of the training process",
             "measure": LOGITS_MEASURE,
             "tokens": input_ids.numel(),
             "golden_dtype": dtype,
-            "tolerance": tolerance,
-            "relative_difference": difference,
+            **compare_logits(golden, dtype, logits_in),
         }
-        if not difference <= tolerance:  # NaN is no pass
-            problems.append(
-                f"the logits of base and adapter differ from the training process's own by {difference:.3g}, "
-                f"{tolerance:.3g} is allowed ({LOGITS_MEASURE})."
-            )
+        problems = list(logits_problems(record, "the logits of base and adapter"))
+    if not record["finite"]:
+        problems.append("the logits of base and adapter hold NaN or infinity.")
     if problems:
         raise VerificationError(problems)
     return {
@@ -179,7 +171,3 @@ def prove(base_dir: Path, adapter_dir: Path, golden_logits: Path, *, is_quantize
         "tokenizer": {"vocab_size": len(AutoTokenizer.from_pretrained(adapter_dir, local_files_only=True))},
         "config": {"base_model": config["base_model_name_or_path"], "rank": config["r"], "alpha": config["lora_alpha"]},
     }
-
-
-def _relative_difference(logits: Tensor, golden: Tensor) -> float:
-    return float((logits.double() - golden.double()).abs().max() / golden.double().abs().max())

@@ -13,10 +13,19 @@ import re
 from pathlib import Path
 from typing import Any
 
-from train.errors import UserError
+from train.errors import UserError, first_line
 from train.finetune.record_files import EXTENSIONS
 
 _NAME = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*?)(:(?P<first>[^:/*?]+))?(:(?P<second>[^:/*?]+))?")
+
+NO_SLICES = (
+    "a part of a split is not to be had: name all of it; --eval_size holds examples out, --max_steps trains fewer."
+)
+
+
+def is_slice(split: str) -> bool:
+    """Whether a split's name asks for a part of it, in the datasets library's way: train[:100], train[10%:]."""
+    return "[" in split or "]" in split
 
 
 def is_name(word: str) -> bool:
@@ -32,6 +41,8 @@ def find(word: str, *, flag: str) -> tuple[Path, ...]:
     """
     import datasets
 
+    if is_slice(word):
+        raise UserError(f"{flag} {word}: {NO_SLICES}")
     match = _NAME.fullmatch(word)
     if match is None:
         raise UserError(f"{flag} {word}: a data set of the Hub is OWNER/NAME, OWNER/NAME:SPLIT or with :CONFIG:SPLIT.")
@@ -41,7 +52,7 @@ def find(word: str, *, flag: str) -> tuple[Path, ...]:
     try:
         loaded: Any = datasets.load_dataset(match["name"], configuration, split=split)
     except Exception as error:  # the libraries' many ways to say what is missing
-        told = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        told = first_line(error)
         raise UserError(
             f"{flag} {word}: there is no such file, and no such data set could be had from the Hub ({told}): check the "
             "name, the split, HF_TOKEN and the network, or name a file."

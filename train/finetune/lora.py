@@ -121,9 +121,9 @@ def _is_linear(module: Any) -> bool:
 
 
 def _is_able(module: Any, model: Any) -> bool:
-    """PEFT has adapters for linear modules and embeddings; TRL computes the output head by itself, without one."""
-    import torch
+    """Linear modules but the output head, which TRL computes by itself, without an adapter.
 
-    return module is not model.get_output_embeddings() and (
-        _is_linear(module) or isinstance(module, torch.nn.Embedding)
-    )
+    PEFT has adapters for embeddings, too, but saves the whole embeddings with them; and where the output head is tied
+    to them, a merge would change that as well, so that it is not what was trained.
+    """
+    return module is not model.get_output_embeddings() and _is_linear(module)

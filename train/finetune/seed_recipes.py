@@ -10,12 +10,14 @@ https://github.com/ohtaman/abci-examples/tree/main/202310/config
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import string
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from train.errors import refuse
+from train.finetune import hub_data
 from train.finetune import seed_recipe_keys as keys
 
 
@@ -114,7 +116,7 @@ def _translate_training(work: _Translation, section: Mapping[str, Any], fields: 
     to_trl: list[str] = []
     for key, value in section.items():
         if key in keys.TO_TRL:
-            to_trl.append(f"{key}={value}")
+            to_trl.append(f"{key}={value if isinstance(value, str) else json.dumps(value)}")
         elif key in keys.TRAINING_NAMES or key in fields:
             work.flat[keys.TRAINING_NAMES.get(key, key)] = value
         elif key in keys.WHY_NOT and value:
@@ -123,13 +125,22 @@ def _translate_training(work: _Translation, section: Mapping[str, Any], fields: 
             work.unknown(str(key), known, section="training")
     if to_trl:
         work.flat["trainer_arguments"] = [*to_trl, *work.flat.get("trainer_arguments", [])]
-    if section.get("report_to") in ("wandb", ["wandb"]):
-        work.flat["use_wandb"] = True
+    _translate_report_to(work, section.get("report_to"))
     if section.get("load_best_model_at_end"):
         work.flat["keep_best"] = True
     if section.get("metric_for_best_model", "loss") not in ("loss", "eval_loss"):
         work.problems.append(f"{work.where}: training.metric_for_best_model: only eval_loss is compared.")
     _translate_strategies(work, section)
+
+
+def _translate_report_to(work: _Translation, given: Any) -> None:
+    """W&B is a setting here, and TensorBoard always on; others are not to be had."""
+    names = [given] if isinstance(given, str) else given or []
+    if "wandb" in names or "all" in names:
+        work.flat["use_wandb"] = True
+    for name in names:
+        if name not in ("wandb", "tensorboard", "none", "all"):
+            work.note(f"training.report_to {name}", "W&B and TensorBoard are to be had")
 
 
 def _translate_strategies(work: _Translation, section: Mapping[str, Any]) -> None:
@@ -147,6 +158,8 @@ def _translate_strategies(work: _Translation, section: Mapping[str, Any]) -> Non
     if saving in ("no", False):
         work.flat["save_steps"] = 0
     has_own = "eval_size" in work.flat or "eval_data_files" in work.flat
+    if evaluation in ("no", False) and has_own:
+        work.note("training.eval_strategy no", "held-out data that is named is evaluated; leave it out of the recipe")
     if evaluation in ("steps", "epoch") and not has_own:
         work.flat["eval_size"] = keys.HELD_OUT
     elif evaluation is None and not has_own:
@@ -171,6 +184,8 @@ def _translate_data(work: _Translation, given: Mapping[str, Any]) -> None:
         work.flat["data_files"] = [files] if isinstance(files, str) else files
     elif path is not None and files is None:
         configuration, split = dataset.get("name"), dataset.get("split")
+        if hub_data.is_slice(str(split)):
+            work.problems.append(f"{work.where}: dataset.split {split}: {hub_data.NO_SLICES}")
         named = f":{configuration}:{split or 'train'}" if configuration else f":{split}" if split else ""
         work.flat["data_files"] = [f"{path}{named}"]
     else:

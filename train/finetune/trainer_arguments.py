@@ -8,10 +8,13 @@ Every argument has one source: what a setting or the launcher decides is refused
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from train.errors import UserError, first_line
 from train.finetune import methods
 from train.finetune.folder import FinetuneFolder
 from train.finetune.settings import FinetuneSettings
@@ -26,6 +29,8 @@ _NOT_TO_SET = (
 )
 # What their owner is called here.
 _OUR_NAMES = {"warmup_steps": "warmup_ratio", "max_length": "max_seq_length", "use_cpu": "device"}
+_OF_THE_GPU = ("tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode")  # a login node has none
+_OF_BITSANDBYTES = re.compile("bnb|^adamw_8bit|^ademamix|^lion|^paged")  # optimizers
 _OUR_NAMES |= {"load_best_model_at_end": "keep_best"}
 
 
@@ -90,11 +95,25 @@ def _needs_reentrant(settings: FinetuneSettings) -> bool:
 
 
 def given(settings: FinetuneSettings) -> dict[str, Any]:
-    """--trainer_arguments as values; a word without `=` is left to `problems`."""
+    """--trainer_arguments as SFTConfig's types have them, once `problems` has found none. Imports TRL for any."""
     import yaml
 
-    pairs = (word.partition("=") for word in settings.trainer_arguments)
-    return {name: yaml.safe_load(value) for name, equals, value in pairs if equals}
+    pairs = [word.partition("=") for word in settings.trainer_arguments]
+    return {name: _converted(name, yaml.safe_load(text)) for name, _, text in pairs}
+
+
+def _converted(name: str, value: Any) -> Any:
+    """The value in the argument's own type: to YAML a number such as 1e-8, without a point, is a word.
+
+    Raises:
+        ValidationError: pydantic's; it is not of that type.
+    """
+    import typing
+
+    from pydantic import TypeAdapter
+    from trl import SFTConfig
+
+    return TypeAdapter(typing.get_type_hints(SFTConfig)[name]).validate_python(value)
 
 
 def problems(settings: FinetuneSettings, folder: FinetuneFolder) -> Iterator[str]:
@@ -102,17 +121,17 @@ def problems(settings: FinetuneSettings, folder: FinetuneFolder) -> Iterator[str
     if not settings.trainer_arguments:
         return
     import dataclasses
-    import typing
 
     import yaml
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
     from trl import SFTConfig
 
     known = {field.name for field in dataclasses.fields(SFTConfig) if field.init}
-    hints = typing.get_type_hints(SFTConfig)
+    found = 0
     decided = own(settings, folder, device="cpu", deepspeed_config=None, is_resumed=False)
     for word in settings.trainer_arguments:
         name, equals, text = word.partition("=")
+        found += 1
         if not equals:
             yield f"--trainer_arguments {word!r}: NAME=VALUE was expected, such as neftune_noise_alpha=5."
         elif name not in known:
@@ -126,12 +145,51 @@ def problems(settings: FinetuneSettings, folder: FinetuneFolder) -> Iterator[str
             yield f"--trainer_arguments {name}: the launcher decides it; {advice}"
         else:
             try:
-                TypeAdapter(hints[name]).validate_python(yaml.safe_load(text))
+                _converted(name, yaml.safe_load(text))
+                found -= 1
             except yaml.YAMLError:
                 yield f"--trainer_arguments {word!r}: the value is not YAML; quote it."
             except ValidationError as error:
                 told = error.errors(include_url=False)[0]["msg"]
                 yield f"--trainer_arguments {name}={text}: {told[0].lower() + told[1:]}."
+    if not found:
+        yield from _together_problems(settings, decided)
+
+
+def _together_problems(settings: FinetuneSettings, decided: dict[str, Any]) -> Iterator[str]:
+    """What TRL itself refuses, and packages that are missing: known before a model is loaded for it."""
+    import warnings
+
+    import torch
+    from transformers.training_args import OptimizerNames
+    from trl import SFTConfig
+
+    class OnNoDevice(SFTConfig):
+        """Checks its arguments, and leaves GPUs and process groups alone: a launcher is no rank."""
+
+        distributed_state = None
+        n_gpu = 0
+        device = _setup_devices = torch.device("cpu")
+
+    arguments = {name: value for name, value in given(settings).items() if name not in _OF_THE_GPU}
+    optimizer = arguments.get("optim")
+    optimizers = [str(each.value) for each in OptimizerNames]
+    if optimizer is not None and optimizer not in optimizers:
+        near = difflib.get_close_matches(str(optimizer), optimizers, n=1, cutoff=0.5)
+        known = f"did you mean {near[0]}?" if near else f"known are {', '.join(optimizers)}."
+        yield f"--trainer_arguments optim={optimizer}: there is no such optimizer; {known}"
+        return
+    for name, package in (("optim", "bitsandbytes"), ("use_liger_kernel", "liger_kernel")):
+        value = arguments.get(name)
+        is_used = _OF_BITSANDBYTES.search(str(value)) if name == "optim" else value
+        if is_used and find_spec(package) is None:
+            word, pip = f"{name}={value}", package.replace("_", "-")
+            yield f"--trainer_arguments {word} needs the package {pip}: pip install {pip}, or leave it out."
+    try:
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            OnNoDevice(**decided | {"bf16": False, "fp16": False}, **arguments)
+    except (ValueError, TypeError, ImportError) as error:
+        yield f"--trainer_arguments {' '.join(settings.trainer_arguments)}: {first_line(error)}"
 
 
 def build(settings: FinetuneSettings, folder: FinetuneFolder, **where: Any) -> Any:
@@ -141,8 +199,6 @@ def build(settings: FinetuneSettings, folder: FinetuneFolder, **where: Any) -> A
         UserError: what TRL itself refuses in --trainer_arguments.
     """
     from trl import SFTConfig
-
-    from train.errors import UserError
 
     extra = given(settings)
     try:

@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from train import deepspeed_ops, early_end, outcome
 from train import settings as settings_module
-from train.finetune import lora, methods, modules, trainer_arguments
+from train.errors import UserError, first_line, refuse
+from train.finetune import batch, lora, methods, modules, trainer_arguments
 from train.finetune.folder import FinetuneFolder, Plan
 from train.monitor import wandb_run
 
@@ -38,6 +39,11 @@ def _train(plan: Plan, folder: FinetuneFolder) -> None:
             train(plan, folder)
     except early_end.EndedEarlyError:
         raise
+    except ImportError as error:
+        if not plan.finetune.trainer_arguments:
+            raise
+        given = " ".join(plan.finetune.trainer_arguments)
+        raise UserError(f"--trainer_arguments {given}: {first_line(error)}") from error
     except Exception:
         folder.remove_half_written()  # on a full disk the report needs room itself
         raise
@@ -60,6 +66,7 @@ def train(plan: Plan, folder: FinetuneFolder) -> None:
     from train.finetune.sample_answers import SampleAnswers
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what matters is checked, counted or raised here, in words that name our flags
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' affair: hundreds under DeepSpeed
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder.tensorboard_dir)
@@ -99,6 +106,8 @@ def train(plan: Plan, folder: FinetuneFolder) -> None:
         ],
     )
     trainer.remove_callback(PrinterCallback)
+    rows = len(cast(Sized, trainer.train_dataset))  # packing has made fewer of them
+    refuse(batch.problems(plan.finetune, trainer.accelerator.num_processes, rows))
     trainer.train(resume_from_checkpoint=None if plan.resume_from is None else str(plan.resume_from))
     if early.reason is not None:
         if wandb is not None:
