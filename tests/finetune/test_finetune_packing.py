@@ -1,4 +1,4 @@
-"""Packed examples do not see each other: each gets the logits that it has alone, in training and in evaluation."""
+"""Examples of a batch do not see each other: packed or not, each is trained as if it were alone."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from train.finetune.folder import FinetuneFolder, Plan
 
 @pytest.fixture
 def trainer(
-    files: dict[str, Any], question_file: Path, base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    files: dict[str, Any], question_file: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> Any:
-    """A rank's trainer, as the worker makes it."""
+    """A rank's trainer, as the worker makes it; packing, unless the test asks for none."""
     from transformers import AutoTokenizer
 
     from train.finetune.trainer import FinetuneTrainer
 
     monkeypatch.setattr(launch.launch, "run", lambda plan, *, log: End(1, ""))
-    changes = {"packing": True, "eval_data_files": question_file, "show_examples": 0}
+    changes = {"packing": getattr(request, "param", True), "eval_data_files": question_file, "show_examples": 0}
     assert call(*argv(files, **changes)) == 1
     folder = FinetuneFolder(files["output_dir"])
     plan = settings_module.build(Plan, settings_module.read_yaml(folder.plan))
@@ -74,4 +74,24 @@ def test_the_loss_of_a_packed_batch_is_that_of_its_examples(trainer: Any) -> Non
             logits = model(input_ids=ids[None, start:end], use_cache=False).logits[0, :-1]
         each = torch.nn.functional.cross_entropy(logits, labels[start + 1 : end], reduction="none", ignore_index=-100)
         nats, tokens = nats + float(each.sum()), tokens + int((labels[start + 1 : end] != -100).sum())
+    assert found == pytest.approx(nats / tokens, rel=1e-5)
+
+
+@pytest.mark.parametrize("trainer", [False], indirect=True, ids=["not packed"])
+def test_the_loss_of_a_padded_batch_is_that_of_its_examples(trainer: Any) -> None:
+    """Though the model is handed no mask: nothing that is trained comes after the padding."""
+    import torch
+
+    batch = next(iter(trainer.get_train_dataloader()))
+    model = trainer.model.train()
+    assert len(model.base_model._forward_pre_hooks) == 1
+    lengths = batch["attention_mask"].sum(dim=1).tolist()
+    assert len(set(lengths)) > 1
+    found = float(trainer.compute_loss(model, dict(batch)).detach())
+    nats, tokens = 0.0, 0
+    for ids, labels, length in zip(batch["input_ids"], batch["labels"], lengths, strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=ids[None, :length], use_cache=False).logits[0, :-1]
+        each = torch.nn.functional.cross_entropy(logits, labels[1:length], reduction="none", ignore_index=-100)
+        nats, tokens = nats + float(each.sum()), tokens + int((labels[1:length] != -100).sum())
     assert found == pytest.approx(nats / tokens, rel=1e-5)

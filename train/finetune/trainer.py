@@ -10,14 +10,15 @@ import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
+from trl import SFTConfig
 
 from train import outputs
 from train.errors import NonFiniteLossError, UserError, VerificationError
-from train.finetune import adapter, special_ids
+from train.finetune import adapter, padding_mask, special_ids
 from train.finetune.folder import FinetuneFolder
 from train.finetune.held_out import HeldOutTrainer
 from train.finetune.masks import IGNORED
@@ -31,6 +32,8 @@ class FinetuneTrainer(HeldOutTrainer):
     def __init__(self, *, folder: FinetuneFolder, **arguments: Any) -> None:
         self._folder = folder
         super().__init__(**arguments)
+        model, own = plain_model(self), cast(SFTConfig, self.args)
+        padding_mask.leave_out(model.get_base_model() if isinstance(model, PeftModel) else model, is_packed=own.packing)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
