@@ -179,7 +179,7 @@ def _going_on(run_folder: RunFolder, recipe: PretrainRecipe, engine: str, alloca
 
     parallel = recipe.parallel
     tensor, pipeline = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
-    target = reshape.Target(tensor, pipeline, allocation.world_size // (tensor * pipeline))
+    target = reshape.Target(tensor, pipeline, allocation.world_size // (tensor * pipeline), parallel.layers_per_stage)
     is_last = decision.step >= recipe.train_steps
     load = reshape.prepare_load(run_folder.step_dir(decision.step), target, is_last=is_last)
     return dataclasses.replace(run_folder, load=load)

@@ -144,6 +144,9 @@ class ParallelSettings:
     )
     tensor_parallel_size: int = setting(1, help="ranks that share one layer (Megatron-DeepSpeed)")
     pipeline_parallel_size: int = setting(1, help="ranks that share the stack of layers (Megatron-DeepSpeed)")
+    layers_per_stage: tuple[int, ...] = setting(
+        (), help="layers of each pipeline stage; balanced with the logits' cost when not given (Megatron-DeepSpeed)"
+    )
     no_pipeline_parallel: bool = setting(False, help="use the engine without its pipeline module (Megatron-DeepSpeed)")
     sequence_parallel: bool = setting(False, help="split norms and dropout over the tensor ranks (Megatron-DeepSpeed)")
     zero_stage: int = setting(0, help="ZeRO: 1 spreads optimizer state, 2 gradients too, 3 weights too")

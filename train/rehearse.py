@@ -150,6 +150,7 @@ def shrink(recipe: PretrainRecipe, *, world_size: int, output_dir: Path) -> Rehe
             device="cpu",
             num_processes=data * tensor * pipeline,
             data_parallel_size=data,
+            layers_per_stage=(),
             attention=attention,
             torch_compile=False,
             megatron_arguments=further,

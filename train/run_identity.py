@@ -24,6 +24,7 @@ from train.run_folder import RunFolder
 _LAYOUT = {
     ("settings", "parallel", "tensor_parallel_size"),
     ("settings", "parallel", "pipeline_parallel_size"),
+    ("settings", "parallel", "layers_per_stage"),
     ("settings", "parallel", "sequence_parallel"),
     ("settings", "training", "micro_batch_size"),
     ("processes",),

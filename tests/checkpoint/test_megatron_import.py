@@ -193,9 +193,9 @@ def test_other_families_are_refused(tmp_path: Path) -> None:
 def test_a_layout_that_does_not_divide_is_refused_with_all_its_reasons(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "hf", "llama")
     with pytest.raises(UserError) as refused:
-        run_import(folder, tmp_path / "megatron", (16, 4, False), query_key_value_order="per_rank")
+        run_import(folder, tmp_path / "megatron", (16, 16, False), query_key_value_order="per_rank")
     assert [problem.split()[0] for problem in refused.value.problems] == [
-        "num_attention_heads", "num_key_value_heads", "ffn_hidden_size", "num_layers", "--query_key_value_order",
+        "num_attention_heads", "num_key_value_heads", "ffn_hidden_size", "--num_layers", "--query_key_value_order",
     ]  # fmt: skip
 
 

@@ -104,10 +104,10 @@ def test_activations_by_hand() -> None:
 
 
 def test_logits_by_hand() -> None:
-    """Two buffers of DeepSpeed's and the gradient, in 16 bits, on the last stage only."""
+    """One micro batch's and their gradient, in 16 bits, on the last stage only."""
     shape, split = shape_of("gpt_1.3B"), dataclasses.replace(ONE, tensor=2, pipeline=2)
-    assert calibration.LOGITS_KEPT == 2
-    assert memory.stage_memory(shape, split, "bf16", 1).logits == pytest.approx(3 * 2 * 4096 * 16_000 / 2**30)
+    assert calibration.LOGITS_KEPT == 1
+    assert memory.stage_memory(shape, split, "bf16", 1).logits == pytest.approx(2 * 2 * 4096 * 16_000 / 2**30)
     assert memory.stage_memory(shape, split, "bf16", 0).logits == 0
 
 

@@ -108,7 +108,7 @@ def test_what_does_not_fit_says_what_would_help(launch) -> None:
     assert done.returncode == 2
     assert "gpt_175B does not fit: the smallest layout is TP8" in done.stderr
     assert "GPUs" in done.stderr.partition("What would help: ")[2]
-    done = launch(PLAN, "--model_size", "gpt_6.7B", "--num_gpus", 8, "--gpu_memory_gib", 18)
+    done = launch(PLAN, "--model_size", "gpt_6.7B", "--num_gpus", 8, "--gpu_memory_gib", 16)
     assert "--engine transformers --zero_stage 3" in done.stderr
 
 
@@ -121,7 +121,7 @@ def test_fixed_parts_that_do_not_fit_are_named(launch) -> None:
 
 
 def test_nothing_divides(launch) -> None:
-    done = launch(PLAN, "--model_size", "gpt_1.3B", "--num_gpus", 7, "--global_batch_size", 64)
+    done = launch(PLAN, "--model_size", "gpt_1.3B", "--num_layers", 6, "--num_gpus", 7, "--global_batch_size", 64)
     assert done.returncode == 2
     assert "no layout divides 7 GPUs" in done.stderr
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 # --- memory ---
-LOGITS_KEPT = (
-    2  # DeepSpeed's pipeline engine leaves the last stage's outputs in both of its buffers (_exec_forward_pass)
-)
+LOGITS_KEPT = 1  # of the last stage's micro batches; without the patch last-outputs they are two
 RESERVED_OVER_ALLOCATED = 1.02  # estimated: gpu_memory_gib is what the allocator reserved, with expandable segments
 LIBRARIES_GIB = 0.3  # estimated: workspaces of cuBLAS and cuDNN, which come from torch's allocator
 OUTSIDE_TORCH_GIB = 1.2  # estimated: CUDA context and kernels

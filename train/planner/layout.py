@@ -71,6 +71,6 @@ def divisors(number: int) -> Iterator[int]:
 
 
 def shares_evenly(shape: Shape, tensor: int, pipeline: int) -> bool:
-    """Whether each tensor rank and each stage gets a whole share of the model (engine/megatron_deepspeed/checks.py)."""
+    """Whether each tensor rank gets a whole share, each stage a layer (engine/megatron_deepspeed/checks.py)."""
     widths = (shape.heads, shape.key_value // shape.head_dim, shape.hidden, shape.ffn)
-    return all(width % tensor == 0 for width in widths) and shape.layers % pipeline == 0
+    return all(width % tensor == 0 for width in widths) and shape.layers >= pipeline

@@ -102,7 +102,7 @@ def stage_memory(shape: Shape, layout: Layout, precision: str, stage: int) -> Me
 
     stream = value * shape.hidden * tokens * layout.stream_share
     kept = layer_bytes(shape, layout, precision) * tokens
-    layers = shape.layers // layout.pipeline
+    layers = shape.stage_layers(layout.pipeline)[stage]
     activations = layers * (stream if layout.recompute else kept)
     activations += 64.0 * tokens if is_first else stream  # ids and positions, or what the stage before sent
     activations += 2 * stream if is_last else stream / tensor  # in and out of the last norm, or what is sent
@@ -130,8 +130,8 @@ def stage_memory(shape: Shape, layout: Layout, precision: str, stage: int) -> Me
 
 def largest(shape: Shape, layout: Layout, precision: str) -> Memory:
     """The memory of the rank that takes the most."""
-    stages = {0, 1, layout.pipeline - 1} & set(range(layout.pipeline))  # between first and last they only get smaller
-    return max((stage_memory(shape, layout, precision, stage) for stage in stages), key=lambda memory: memory.total)
+    stages = (stage_memory(shape, layout, precision, stage) for stage in range(layout.pipeline))
+    return max(stages, key=lambda memory: memory.total)
 
 
 def _value_bytes(precision: str) -> int:
@@ -139,9 +139,8 @@ def _value_bytes(precision: str) -> int:
 
 
 def _reduction_bytes(precision: str, parameters: int) -> float:
-    """Bytes per parameter of the gradients' reduction: DeepSpeed casts its buckets to 16 bits.
+    """Bytes per parameter of the gradients' reduction: in place in bf16 (the patch gradient-reduction).
 
-    Matrices of up to 500 million parameters share a bucket with the biases, for which both are copied.
+    Otherwise matrices of up to 500 million parameters share a bucket with the biases, for which both are copied.
     """
-    cast = 2.0 if precision == "bf16" else 0.0
-    return cast + (4.0 if parameters <= 500_000_000 else 0.0)
+    return 4.0 if precision != "bf16" and parameters <= 500_000_000 else 0.0

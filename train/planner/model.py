@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from train.checkpoint.megatron import vocabulary
+from train.checkpoint.megatron import stages, vocabulary
 from train.recipe import ModelSettings
 
 
@@ -77,12 +77,24 @@ class Shape:
         """Parameters of the embedding module on one tensor rank: words and, in GPT-2, positions."""
         return self.hidden * (self.rows(tensor) + (0 if self.is_llama else self.sequence))
 
+    def stage_layers(self, pipeline: int) -> tuple[int, ...]:
+        """Layers of each pipeline stage, as the engine balances them."""
+        head = stages.head_layers(
+            hidden=self.hidden,
+            ffn=self.ffn,
+            key_value=self.key_value,
+            sequence=self.sequence,
+            vocabulary_rows=self.rows(1),
+            is_gated=self.is_llama,
+        )
+        return stages.balanced(self.layers, pipeline, head)
+
     def stage_parameters(self, stage: int, *, tensor: int = 1, pipeline: int = 1) -> int:
         """Parameters of one rank of a pipeline stage.
 
         The last stage of several has the whole tied embedding module again, positions too.
         """
-        count = self.layers // pipeline * self.layer_parameters(tensor)
+        count = self.stage_layers(pipeline)[stage] * self.layer_parameters(tensor)
         is_last = stage == pipeline - 1
         if stage == 0 or (is_last and self.tied):
             count += self.embedding_parameters(tensor)

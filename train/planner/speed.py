@@ -60,7 +60,7 @@ def micro_batch_seconds(shape: Shape, layout: Layout, precision: str, cluster: C
     """Seconds that a stage takes for forward and backward of one micro batch."""
     value, tensor = _value_bytes(precision), layout.tensor
     tokens = layout.micro_batch * shape.sequence
-    layers = shape.layers // layout.pipeline
+    layers = shape.stage_layers(layout.pipeline)[stage]
     seconds = layers * layer_seconds(shape, layout, precision, cluster)
     stream = value * tokens * shape.hidden
     if stage == 0:
@@ -132,15 +132,15 @@ def update_seconds(shape: Shape, layout: Layout, precision: str, cluster: Cluste
     tensor, data = layout.tensor, layout.data
     parameters = float(shape.stage_parameters(stage, tensor=tensor, pipeline=layout.pipeline))
     spread = data if layout.zero_stage else 1
-    reduced = 4.0 if precision == "fp32" else 2.0  # DeepSpeed reduces bf16 gradients in bf16
+    reduced = 2.0 if precision == "fp16" else 4.0  # gradients of bf16 are added up and reduced in fp32
     seconds = all_reduce_seconds(reduced * parameters, cluster, stride=tensor, size=data)
     if layout.zero_stage:  # the weights are gathered
         seconds += all_reduce_seconds(_value_bytes(precision) * parameters, cluster, stride=tensor, size=data) / 2
     if layout.pipeline > 1 and shape.tied:
         embedding = 4.0 * shape.hidden * shape.rows(tensor)
         seconds += all_reduce_seconds(embedding, cluster, stride=tensor * data * (layout.pipeline - 1), size=2)
-    # norm, clipping, cast and back, zeroing: of all gradients; Adam and the copy to 16 bits: of a rank's share
-    return seconds + _passes(parameters * (28.0 + 34.0 / spread), cluster.gpu)
+    # norm, clipping, zeroing: of all gradients; Adam and the copy to 16 bits: of a rank's share
+    return seconds + _passes(parameters * (16.0 + 34.0 / spread), cluster.gpu)
 
 
 def _passes(size_bytes: float, gpu: Gpu) -> float:

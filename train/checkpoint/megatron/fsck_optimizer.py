@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from train.checkpoint.findings import is_finite
-from train.checkpoint.megatron import reader
+from train.checkpoint.megatron import reader, stages
 from train.checkpoint.megatron.saved_layout import SavedLayout
 from train.checkpoint.megatron.zero_state import RankState, read_rank_state
 from train.errors import UserError
@@ -120,8 +120,9 @@ def _weights(layout: SavedLayout, rank: int) -> Mapping[str, Any]:
     found: dict[str, Any] = {}
     if not layout.has_pipeline_module:
         return found
-    per_stage = -(-int(layout.arguments.num_layers) // layout.pipeline_parallel_size)
-    own = range(2 + pipeline_rank * per_stage, 2 + (pipeline_rank + 1) * per_stage)
+    counts = stages.recorded(layout.arguments)
+    begin = 2 + sum(counts[:pipeline_rank])
+    own = range(begin, begin + counts[pipeline_rank])
     first, last = pipeline_rank == 0, pipeline_rank == layout.pipeline_parallel_size - 1
     norm = int(layout.arguments.num_layers) + 2
     numbers = [*([1] if first or (last and not layout.untied) else []), *own, *(range(norm, norm + 2) if last else [])]

@@ -17,7 +17,7 @@ from typing import Any
 
 from train import checkpoint_files, manifest, outputs
 from train import settings as settings_module
-from train.checkpoint.megatron import layout, qkv_layout, vocabulary
+from train.checkpoint.megatron import layout, qkv_layout, stages, vocabulary
 from train.checkpoint.megatron.huggingface_source import HuggingFaceSource, open_source
 from train.checkpoint.megatron.merge import PER_HEAD, PER_RANK
 from train.checkpoint_folders import GOLDEN_LOGITS, MEGATRON_POINTER, POINTER
@@ -133,11 +133,7 @@ def build_arguments(source: HuggingFaceSource, settings: ImportSettings) -> argp
         for name in ("num_attention_heads", "num_key_value_heads", "ffn_hidden_size")
         if getattr(model, name) % ranks
     ]
-    if model.num_layers % settings.pipeline_parallel_size:
-        problems.append(
-            f"num_layers {model.num_layers} / --pipeline_parallel_size {settings.pipeline_parallel_size} ="
-            f" {model.num_layers / settings.pipeline_parallel_size:g}: each stage needs whole layers; choose another."
-        )
+    problems += stages.problems((), layers=model.num_layers, stages=settings.pipeline_parallel_size)
     order = _ORDERS[settings.query_key_value_order]
     if order == PER_RANK and model.num_key_value_heads != model.num_attention_heads:
         problems.append("--query_key_value_order per_rank: those commits of upstream cannot train grouped queries.")

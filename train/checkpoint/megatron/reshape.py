@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train import checkpoint_files
-from train.checkpoint.megatron import qkv_layout, universal, vocabulary
+from train.checkpoint.megatron import qkv_layout, stages, universal, vocabulary
 from train.checkpoint.megatron.merge import PER_HEAD
 from train.checkpoint.megatron.saved_layout import SavedLayout, read_layout
 from train.checkpoint_folders import universal_dir
@@ -25,6 +25,7 @@ class Target:
     tensor_parallel_size: int
     pipeline_parallel_size: int
     data_parallel_size: int
+    layers_per_stage: tuple[int, ...] = ()  # empty: balanced
 
     def __str__(self) -> str:
         return f"TP {self.tensor_parallel_size} x PP {self.pipeline_parallel_size} x DP {self.data_parallel_size}"
@@ -70,9 +71,13 @@ def needs_universal(layout: SavedLayout, target: Target) -> bool:
     same_model_ranks = (layout.tensor_parallel_size, layout.pipeline_parallel_size) == (
         target.tensor_parallel_size,
         target.pipeline_parallel_size,
-    )
+    ) and (not layout.has_pipeline_module or stages.recorded(layout.arguments) == _stages(layout, target))
     same_data_ranks = layout.data_parallel_size == target.data_parallel_size or layout.zero_stage == 0
     return not (same_model_ranks and same_data_ranks)
+
+
+def _stages(layout: SavedLayout, target: Target) -> tuple[int, ...]:
+    return target.layers_per_stage or stages.of_arguments(layout.arguments, target.pipeline_parallel_size)
 
 
 def why_not(layout: SavedLayout, target: Target | None = None) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 
+from train.checkpoint.megatron import stages
 from train.cluster.allocation import Allocation
 from train.recipe import ModelSettings, PretrainRecipe
 
@@ -61,11 +62,7 @@ def _shares(recipe: PretrainRecipe) -> Iterator[str]:
                 f"--{name} {value} / --tensor_parallel_size {tensor} = {value / tensor:g}: each tensor rank needs a"
                 " whole share; change one of them."
             )
-    if model.num_layers % pipeline:
-        yield (
-            f"--num_layers {model.num_layers} / --pipeline_parallel_size {pipeline} = {model.num_layers / pipeline:g}:"
-            " each pipeline stage needs a whole number of layers; change one of them."
-        )
+    yield from stages.problems(parallel.layers_per_stage, layers=model.num_layers, stages=pipeline)
     if parallel.sequence_parallel and model.sequence_length % tensor:
         yield (
             f"--sequence_parallel: --sequence_length {model.sequence_length} / --tensor_parallel_size {tensor} ="

@@ -51,7 +51,7 @@ def problems(recipe: PretrainRecipe, allocation: Allocation) -> list[str]:
     ]
     found += [
         f"--{name} needs --engine megatron-deepspeed."
-        for name in ("no_pipeline_parallel", "sequence_parallel", "megatron_arguments")
+        for name in ("layers_per_stage", "no_pipeline_parallel", "sequence_parallel", "megatron_arguments")
         if getattr(parallel, name)
     ]
     if recipe.logging.log_optimizer_state:

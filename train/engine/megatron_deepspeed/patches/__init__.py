@@ -36,6 +36,7 @@ _MODULES = (
     "compiled_layers",
     "half_batches",
     "fused_cross_entropy",
+    "balanced_stages",
     "gradient_accumulation",
     "gradient_reduction",
     "last_outputs",
@@ -60,6 +61,7 @@ class Run:
         keep_last: checkpoints to keep; 0 keeps all.
         engine_commit: upstream's commit, noted beside the golden logits.
         attention: the recipe's attention kernel: "sdpa", "flash_attention_2" or "eager".
+        layers_per_stage: layers of each pipeline stage as the recipe has them; empty balances them.
         forced: patches for GPUs that are to run here all the same, without being compiled; for tests.
         watch: receives a step and its numbers whenever there is a progress line; None where nobody watches.
     """
@@ -70,6 +72,7 @@ class Run:
     keep_last: int = 0
     engine_commit: str = "unknown"
     attention: str = "sdpa"
+    layers_per_stage: tuple[int, ...] = ()
     forced: frozenset[str] = frozenset()
     watch: Callable[[int, Mapping[str, float]], None] | None = None
 
