@@ -306,7 +306,7 @@ def test_layout_is_an_equation() -> None:
         ({"tensor_parallel_size": 8}, 8, "--num_attention_heads 4 / --tensor_parallel_size 8 = 0.5"),
         ({"tensor_parallel_size": 2, "ffn_hidden_size": 33}, 2, "--ffn_hidden_size 33 / --tensor_parallel_size 2"),
         ({"pipeline_parallel_size": 5}, 5, "--num_layers 4 / --pipeline_parallel_size 5: each pipeline stage"),
-        ({"layers_per_stage": "3", "pipeline_parallel_size": 2}, 2, "--layers_per_stage 3: a number for each of the 2"),
+        ({"layers_per_stage": "4", "pipeline_parallel_size": 2}, 2, "--layers_per_stage 4: a number for each of the 2"),
         ({"pipeline_parallel_size": 2, "no_pipeline_parallel": True}, 2, "--no_pipeline_parallel contradicts"),
         ({"sequence_parallel": True}, 1, "--sequence_parallel splits over the tensor ranks, and there is one"),
         (
