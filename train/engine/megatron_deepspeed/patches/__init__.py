@@ -118,7 +118,7 @@ def disabled_names(environment: Mapping[str, str]) -> frozenset[str]:
 
 
 def forced_names(environment: Mapping[str, str]) -> frozenset[str]:
-    """The patches that TRAIN_FORCED_PATCHES applies where they are not meant to be, as tests do.
+    """The patches that TRAIN_FORCED_PATCHES applies where they are not by themselves: on trial, or in tests.
 
     Raises:
         UserError: a name is not a patch.
