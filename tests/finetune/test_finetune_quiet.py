@@ -21,9 +21,9 @@ pytestmark = pytest.mark.slow
     "changes",
     [
         {"keep_best": True, "eval_size": 3, "eval_steps": 1, "save_steps": 1, "learning_rate": 1},
-        {"use_peft": True, "merge": True},
+        {"use_peft": True, "merge": True, "num_processes": 2},
     ],
-    ids=["best checkpoint of a tied model", "adapter and merge"],
+    ids=["best checkpoint of a tied model", "adapter and merge, two processes"],
 )
 def test_no_library_is_heard(
     files: dict[str, Any],

@@ -73,7 +73,7 @@ def attach(base: Any, adapter_dir: Path) -> Any:
     try:
         stored = load_file(adapter_dir / WEIGHTS)
         refuse_empty(stored)
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # between PEFT and transformers
+        with warnings.catch_warnings(action="ignore"):  # what is missing is raised below
             model = PeftModel.from_pretrained(base, str(adapter_dir))
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{adapter_dir} cannot be loaded on its base model: {first_line(error)}") from None

@@ -82,6 +82,8 @@ def own(
         "restore_callback_states_from_checkpoint": settings.early_stopping_patience > 0,
         "report_to": ["tensorboard"],
         "disable_tqdm": True,
+        "log_level": "error",
+        "log_level_replica": "error",
     }
 
 
