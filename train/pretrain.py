@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train import manifest, outcome, outputs, resume, run_identity, same_run, settings
+from train import manifest, micro_batch, outcome, outputs, resume, run_identity, same_run, settings
 from train import pretrain_checks as checks
 from train.checkpoint_folders import remove_leftovers, remove_universal
 from train.checkpoint_size import disk_need
@@ -56,9 +56,13 @@ def pretrain(recipe: PretrainRecipe) -> int:
     allocation = allocations.find(
         recipe.cluster, num_processes=recipe.parallel.num_processes, device=recipe.parallel.device
     )
+    if not recipe.dry_run:
+        parts = checks.check_data(recipe)
+    recipe, note = _with_micro_batch(recipe, allocation, run_folder)
+    if note:
+        print(note, flush=True)
     if recipe.dry_run:
         return _dry_run(recipe, allocation, run_folder)
-    parts = checks.check_data(recipe)
     if not recipe.overwrite and _is_done(recipe, run_folder, parts):
         print(f"{run_folder.manifest} is there for the same recipe and data: nothing to do (--overwrite starts again).")
         return 0
@@ -113,8 +117,11 @@ def _submit(recipe: PretrainRecipe, run_folder: RunFolder) -> int:
 
     parallel = recipe.parallel
     allocation = allocations.of_job(recipe.job, num_processes=parallel.num_processes, device=parallel.device)
-    engine, reason = _engine(recipe, allocation, run_folder)
-    _announce(recipe, engine, reason, allocation, run_folder)
+    shown = micro_batch.open_to_one(recipe)
+    engine, reason = _engine(shown, allocation, run_folder)
+    _announce(shown, engine, reason, allocation, run_folder)
+    if shown is not recipe:
+        print("micro batch: chosen on the nodes, by their GPUs' memory; 1 stands for it in the lines above")
     if not recipe.dry_run:
         checks.check_data(recipe)
     return submit.submit(
@@ -212,6 +219,22 @@ def _engine(recipe: PretrainRecipe, allocation: Allocation, run_folder: RunFolde
         recipe = dataclasses.replace(recipe, parallel=dataclasses.replace(recipe.parallel, engine=former["engine"]))
         return choose.choose(recipe, allocation)[0], "the checkpoints are of this engine"
     return choose.choose(recipe, allocation)
+
+
+def _with_micro_batch(
+    recipe: PretrainRecipe, allocation: Allocation, run_folder: RunFolder
+) -> tuple[PretrainRecipe, str]:
+    """The recipe with its micro batch, and what is to be said of it."""
+    is_open = recipe.training.micro_batch_size == micro_batch.AUTOMATIC
+    if recipe.dry_run and is_open and not recipe.data.input_tokenizer_file.is_file():
+        return micro_batch.open_to_one(recipe), "micro batch: 1 for now, as the tokenizer is not there yet"
+    if not is_open and (recipe.dry_run or allocation.device == "cpu"):
+        return recipe, ""
+    engine, _ = _engine(micro_batch.open_to_one(recipe), allocation, run_folder)
+    former = None if recipe.overwrite or run_folder.latest_step() is None else run_identity.read(run_folder)
+    recorded = former["settings"]["training"]["micro_batch_size"] if former is not None else None
+    gpu = micro_batch.this_gpu() if allocation.device == "cuda" else None
+    return micro_batch.settle(recipe, engine, allocation, gpu=gpu, recorded=recorded)
 
 
 def _dry_run(recipe: PretrainRecipe, allocation: Allocation, run_folder: RunFolder) -> int:

@@ -84,7 +84,9 @@ class TrainingSettings:
 
     train_tokens: Count = setting(help="tokens to train on, such as 300B or 3e9")
     global_batch_size: int | None = setting(None, help="sequences per optimizer step, over all ranks")
-    micro_batch_size: int = setting(1, help="sequences per rank and forward pass")
+    micro_batch_size: int = setting(
+        1, help="sequences per rank and forward pass; 0 takes the fastest that the GPU's memory is predicted to hold"
+    )
     lr: float | None = setting(None, help="peak learning rate")
     min_lr: float | None = setting(None, help="learning rate at the end of the decay")
     lr_warmup_tokens: Count = setting(0, help="tokens of linear warm-up")
@@ -99,7 +101,9 @@ class TrainingSettings:
     seed: int = setting(1234, help="seed of initial weights and data order")
 
     def problems(self) -> Iterator[str]:
-        for name in ("train_tokens", "micro_batch_size", "global_batch_size", "lr_decay_tokens"):
+        if self.micro_batch_size < 0:
+            yield f"--micro_batch_size {self.micro_batch_size}: it must be 0 (automatic) or more."
+        for name in ("train_tokens", "global_batch_size", "lr_decay_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 yield f"--{name} {value}: it must be at least 1."
@@ -328,7 +332,7 @@ class PretrainRecipe:
         return (
             f"{self.model_name}_tok{_short(training.train_tokens)}_lr{training.lr:g}_min{training.min_lr:g}"
             f"_w{_short(training.lr_warmup_tokens)}_{training.lr_decay_style}_gbs{training.global_batch_size}"
-            f"_mbs{training.micro_batch_size}_z{parallel.zero_stage}_tp{parallel.tensor_parallel_size}"
+            f"_mbs{training.micro_batch_size or 'auto'}_z{parallel.zero_stage}_tp{parallel.tensor_parallel_size}"
             f"_pp{parallel.pipeline_parallel_size}_seed{training.seed}"
         )
 

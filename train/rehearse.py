@@ -67,7 +67,7 @@ def target_world_size(recipe: PretrainRecipe, *, gpus: int) -> tuple[int, str]:
         return parallel.num_processes, "--num_processes"
     if gpus and gpus % per_copy == 0:
         return gpus, "one per GPU of this machine"
-    divides = (recipe.training.global_batch_size or 0) % (2 * recipe.training.micro_batch_size) == 0
+    divides = (recipe.training.global_batch_size or 0) % (2 * (recipe.training.micro_batch_size or 1)) == 0
     data = 2 if parallel.zero_stage and divides and per_copy * 2 <= MAX_RANKS else 1
     return per_copy * data, "tensor x pipeline" + (" x 2, so that ZeRO has something to spread" if data == 2 else "")
 

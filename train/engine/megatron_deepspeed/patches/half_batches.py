@@ -1,7 +1,7 @@
 """Tensor ranks exchange one half of a micro batch while they compute the other. Formulas and order: half_batches.py.
 
-Not applied unless TRAIN_FORCED_PATCHES names it: it has not been shown to be faster yet. It starts twice as many kernels,
-and where the processor is slow the GPU waits for them.
+Not applied unless TRAIN_FORCED_PATCHES names it: it has not been shown to be faster yet. It starts twice as many
+kernels, and where the processor is slow the GPU waits for them.
 """
 
 from __future__ import annotations

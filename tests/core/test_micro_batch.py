@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from train import micro_batch, settings
+from train.cluster.allocation import Allocation
+from train.engine import choose
+from train.micro_batch import ThisGpu
+from train.recipe import PretrainRecipe
+
+H200, A100 = ThisGpu("NVIDIA H200", 140.4), ThisGpu("NVIDIA A100-SXM4-40GB", 40.0)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PretrainRecipe:
+    """gpt_1.3B in bf16 with the micro batch left open, and a tokenizer of 32,000 pieces."""
+    monkeypatch.setattr("train.checkpoint.megatron.vocabulary.engine_vocab_size", lambda _file: 32_000)
+    words = ["--model_size", "gpt_1.3B", "--train_tokens", "1B", "--zero_stage", "1", "--micro_batch_size", "0"]
+    words += ["--input_tokenizer_file", "t.model", "--data_path", "d", "--output_model_dir", str(tmp_path)]
+    return settings.parse(PretrainRecipe, words, program="pretrain", description="").resolved()
+
+
+def with_size(recipe: PretrainRecipe, size: int) -> PretrainRecipe:
+    return dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, micro_batch_size=size))
+
+
+def ranks(count: int, device: str = "cuda") -> Allocation:
+    return Allocation(("here",), count, device, "")
+
+
+def settled(recipe: PretrainRecipe, gpu: ThisGpu | None, **more: object) -> tuple[int, str]:
+    engine = str(more.pop("engine", choose.MEGATRON))
+    allocation = more.pop("allocation", ranks(1))
+    found, note = micro_batch.settle(recipe, engine, allocation, gpu=gpu, **more)  # type: ignore[arg-type]
+    return found.training.micro_batch_size, note
+
+
+def test_the_fastest_that_fits_is_taken(recipe: PretrainRecipe) -> None:
+    size, note = settled(recipe, H200)
+    assert size == 16 or size == 32
+    assert f"micro batch: {size}, the fastest that fits by the plan" in note and "of the 140 GiB" in note
+    small, _ = settled(recipe, A100)
+    assert 0 < small < size and 512 % small == 0
+
+
+def test_more_ranks_leave_more_room(recipe: PretrainRecipe) -> None:
+    gpu = ThisGpu("NVIDIA A100-SXM4-40GB", 36.0)
+    alone, many = settled(recipe, gpu)[0], settled(recipe, gpu, allocation=ranks(8))[0]
+    assert many > alone
+
+
+def test_the_transformers_engine_takes_a_smaller_one(recipe: PretrainRecipe) -> None:
+    assert settled(recipe, H200, engine="transformers")[0] < settled(recipe, H200)[0]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "more", "size", "words"),
+    [
+        (H200, {"recorded": 4}, 4, "as in this run so far"),
+        (None, {"allocation": ranks(2, "cpu")}, 4, "on a CPU"),
+        (None, {}, 1, "nvidia-smi does not tell"),
+        (ThisGpu("NVIDIA T4", 8.0), {}, 1, "even that needs more than the 8 GiB"),
+    ],
+)
+def test_where_there_is_nothing_to_choose(
+    recipe: PretrainRecipe, gpu: ThisGpu | None, more: dict[str, object], size: int, words: str
+) -> None:
+    found, note = settled(recipe, gpu, **more)
+    assert found == size and words in note
+
+
+def test_a_recorded_one_that_no_longer_divides_is_not_taken(recipe: PretrainRecipe) -> None:
+    assert settled(recipe, H200, recorded=3)[0] != 3
+
+
+def test_what_is_given_stands_with_a_warning_where_it_will_not_fit(recipe: PretrainRecipe) -> None:
+    assert settled(with_size(recipe, 4), A100) == (4, "")
+    size, note = settled(with_size(recipe, 64), A100)
+    assert size == 64 and note.startswith("warning: a micro batch of 64 needs")
+    advised = int(note.partition("--micro_batch_size ")[2].split()[0])
+    assert settled(with_size(recipe, advised), A100) == (advised, "")
+    assert settled(with_size(recipe, 64), None) == (64, "")
+    assert settled(with_size(recipe, 3), A100) == (3, "")  # it does not divide, which others tell
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("NVIDIA H200, 143771\nNVIDIA H200, 143771\n", ThisGpu("NVIDIA H200", 143771 / 1024)),
+        ("NVIDIA A100-SXM4-80GB, 81920\nNVIDIA A100-SXM4-40GB, 40960\n", ThisGpu("NVIDIA A100-SXM4-40GB", 40.0)),
+        ("NVIDIA H100, [N/A]\n", None),
+        ("", None),
+    ],
+)
+def test_what_nvidia_smi_says(text: str, expected: ThisGpu | None) -> None:
+    assert micro_batch.parse(text) == expected
+
+
+def test_only_an_open_one_is_filled_to_look_at_the_rest(recipe: PretrainRecipe) -> None:
+    assert micro_batch.open_to_one(recipe).training.micro_batch_size == 1
+    given = with_size(recipe, 8)
+    assert micro_batch.open_to_one(given) is given

@@ -1,0 +1,151 @@
+"""The micro batch of a run that leaves it open (--micro_batch_size 0), and a word before a GPU runs out of memory.
+
+recipe, note = settle(recipe, engine, allocation, gpu=this_gpu(), recorded=None)
+
+What fits and what is fastest is the planner's prediction (train/planner, docs/plan.md).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from train import process
+from train.cluster.allocation import Allocation
+from train.engine import choose
+from train.recipe import PretrainRecipe
+
+AUTOMATIC = 0
+_ON_A_CPU = 4  # more gains nothing there
+_FREE = 0.04  # of the memory, for what the prediction does not see
+_KINDS = {"H200": "h200", "H100": "h100", "A100": "a100_80"}
+
+
+@dataclass(frozen=True)
+class ThisGpu:
+    """The kind of GPU of this machine, and the memory of the smallest one."""
+
+    name: str
+    memory_gib: float
+
+
+def this_gpu() -> ThisGpu | None:
+    """The GPU that nvidia-smi tells of; None where it tells nothing."""
+    query = ("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits")
+    status, text = process.capture(process.Command(query), timeout_s=30)
+    return parse(text) if status == 0 else None
+
+
+def parse(text: str) -> ThisGpu | None:
+    """Reads `name, MiB` lines; None where there is none (a device split into instances has no memory of its own)."""
+    found = []
+    for line in text.splitlines():
+        name, _, memory = line.rpartition(",")
+        if name.strip() and memory.strip().isdigit():
+            found.append(ThisGpu(name.strip(), int(memory) / 1024))
+    return min(found, key=lambda gpu: gpu.memory_gib, default=None)
+
+
+def open_to_one(recipe: PretrainRecipe) -> PretrainRecipe:
+    """The recipe with a number where the micro batch is left open, for those who only look at the rest of it."""
+    return recipe if recipe.training.micro_batch_size != AUTOMATIC else _with(recipe, 1)
+
+
+def settle(
+    recipe: PretrainRecipe, engine: str, allocation: Allocation, *, gpu: ThisGpu | None, recorded: int | None = None
+) -> tuple[PretrainRecipe, str]:
+    """The recipe with its micro batch, and a line for the user: why this one, or that it may not fit; else empty.
+
+    Args:
+        recipe: a resolved recipe.
+        engine: what trains it.
+        allocation: where.
+        gpu: this machine's.
+        recorded: the micro batch with which the run has been trained so far.
+    """
+    given = recipe.training.micro_batch_size
+    per_rank = _sequences_per_rank(recipe, engine, allocation)
+    if given != AUTOMATIC:
+        return recipe, _warning(recipe, engine, allocation, gpu, given) if per_rank % given == 0 else ""
+    if recorded and per_rank % recorded == 0:
+        return _with(recipe, recorded), f"micro batch: {recorded}, as in this run so far"
+    if allocation.device == "cpu":
+        size = _largest(per_rank, _ON_A_CPU)
+        return _with(recipe, size), f"micro batch: {size}, on a CPU"
+    if gpu is None:
+        return _with(recipe, 1), "micro batch: 1, as nvidia-smi does not tell the GPU's memory"
+    fitting = {size: needed for size, needed in _needs(recipe, engine, allocation, gpu) if needed <= _usable(gpu)}
+    if not fitting:
+        return _with(recipe, 1), (
+            f"micro batch: 1; even that needs more than the {gpu.memory_gib:.0f} GiB of this {gpu.name}, by the plan:"
+            " see scripts/step2_pretrain_model/plan.sh"
+        )
+    size = next(iter(fitting))  # the fastest
+    return _with(recipe, size), (
+        f"micro batch: {size}, the fastest that fits by the plan: {fitting[size]:.0f} of the {gpu.memory_gib:.0f} GiB"
+        f" of this {gpu.name}"
+    )
+
+
+def _warning(recipe: PretrainRecipe, engine: str, allocation: Allocation, gpu: ThisGpu | None, size: int) -> str:
+    if gpu is None or allocation.device == "cpu" or engine != choose.MEGATRON:
+        return ""
+    needs = dict(_needs(recipe, engine, allocation, gpu))
+    if needs.get(size, 0.0) <= gpu.memory_gib:
+        return ""
+    smaller = max((other for other, needed in needs.items() if needed <= _usable(gpu)), default=None)
+    advice = f"--micro_batch_size {smaller} would fit" if smaller else "no micro batch fits in this layout"
+    return (
+        f"warning: a micro batch of {size} needs {needs[size]:.0f} GiB of GPU memory by the plan, and this {gpu.name}"
+        f" has {gpu.memory_gib:.0f}: {advice}; scripts/step2_pretrain_model/plan.sh shows other layouts."
+    )
+
+
+def _needs(recipe: PretrainRecipe, engine: str, allocation: Allocation, gpu: ThisGpu) -> Iterator[tuple[int, float]]:
+    """Micro batches and the GiB that each needs of a GPU, the fastest first."""
+    from train.checkpoint.megatron import vocabulary
+    from train.planner.gpus import GPUS
+    from train.planner.model import Shape
+    from train.planner.search import Query, search
+    from train.planner.speed import Cluster
+
+    parallel, training = recipe.parallel, recipe.training
+    kind = next((kind for word, kind in _KINDS.items() if word in gpu.name), "h100")
+    is_megatron = engine == choose.MEGATRON
+    query = Query(
+        num_gpus=allocation.world_size,
+        cluster=Cluster(GPUS[kind], allocation.processes_per_host, GPUS[kind].network_gb_s),
+        usable_gib=float("inf"),
+        global_batch=training.global_batch_size or 1,
+        precision=training.precision,
+        tensor=parallel.tensor_parallel_size if is_megatron else 1,
+        pipeline=parallel.pipeline_parallel_size if is_megatron else 1,
+        zero_stage=1 if training.precision == "bf16" else min(parallel.zero_stage, 1),
+        sequence_parallel=parallel.sequence_parallel,
+        recompute=parallel.activation_checkpoint,
+    )
+    shape = Shape.of(recipe.model, vocab_size=vocabulary.engine_vocab_size(recipe.data.input_tokenizer_file))
+    for found in search(shape, query).fitting:
+        # The transformers engine keeps about twice as much of a layer. With ZeRO-3 it keeps less of the rest.
+        more = 0.0 if is_megatron else found.memory.activations + 2 * found.memory.logits
+        yield found.layout.micro_batch, found.needed_gib + more
+
+
+def _sequences_per_rank(recipe: PretrainRecipe, engine: str, allocation: Allocation) -> int:
+    parallel = recipe.parallel
+    per_copy = parallel.tensor_parallel_size * parallel.pipeline_parallel_size if engine == choose.MEGATRON else 1
+    return (recipe.training.global_batch_size or 1) // max(allocation.world_size // per_copy, 1) or 1
+
+
+def _largest(number: int, limit: int) -> int:
+    """The largest divisor up to a limit."""
+    return max(size for size in range(1, limit + 1) if number % size == 0)
+
+
+def _usable(gpu: ThisGpu) -> float:
+    return gpu.memory_gib * (1 - _FREE)
+
+
+def _with(recipe: PretrainRecipe, size: int) -> PretrainRecipe:
+    return dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, micro_batch_size=size))
