@@ -18,6 +18,7 @@ EXIT_VERIFICATION = 3  # a hand-over was not proven: ids, weights or logits diff
 EXIT_NON_FINITE_LOSS = 4  # training met NaN or infinity; the last good checkpoint is named
 EXIT_INTERRUPTED = 130  # Ctrl-C
 EXIT_BROKEN_PIPE = 141  # nobody reads our output any more; 128 + SIGPIPE, as shells have it
+MOST_PROBLEMS = 10  # that one message tells of a file's records
 
 
 _USER_ERRNOS = {
@@ -61,9 +62,18 @@ class NonFiniteLossError(UserError):
         super().__init__(problems, exit_code=EXIT_NON_FINITE_LOSS)
 
 
-def refuse(problems: Iterable[str]) -> None:
-    """Raises `UserError` with all `problems`, or returns when there is none."""
+def refuse(problems: Iterable[str], *, rest: str | None = None) -> None:
+    """Raises `UserError` with all `problems`, or returns when there is none.
+
+    Args:
+        problems: messages.
+        rest: what is wrong with whatever they tell of, such as "records are no questions": of problems that may be as
+            many as a file has lines, the first ten are told then, and how many more there are.
+    """
     found = tuple(problems)
+    more = len(found) - MOST_PROBLEMS
+    if rest is not None and more > 0:
+        found = (*found[:MOST_PROBLEMS], f"{more} more {rest}.")
     if found:
         raise UserError(found)
 

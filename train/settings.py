@@ -27,6 +27,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 from train.errors import UserError, refuse
 
 Settings = TypeVar("Settings")
+LARGEST_SEED = 2**32 - 1  # what NumPy, and with it transformers, takes
 _LARGEST_COUNT = 2.0**63  # what the engines' 64-bit integers hold
 _COUNT_SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 

@@ -25,7 +25,6 @@ from train.generate.prompts import Prompt
 # A field as a prompt template's chat template has it; texts of the template cannot look so, their quotes are escaped.
 _FIELD = re.compile(r'\+ message\["([^"\\]+)"\] }}')
 _TAKES_INPUT = re.compile(r"message(\.input\b|\[['\"]input['\"]\])")  # in templates of others
-_SHOWN_PROBLEMS = 10
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,7 @@ class Asking:
                 found.append(self._prompt(question, reading, has_template=bool(template), end=tokenizer.eos_token))
             except BadDocumentError as error:
                 problems.append(f"{question.place}: {error}, and the model was trained with that template.")
-        more = len(problems) - _SHOWN_PROBLEMS
-        refuse([*problems[:_SHOWN_PROBLEMS], *([f"{more} more records cannot be asked."] if more > 0 else [])])
+        refuse(problems, rest="records cannot be asked")
         return found
 
     def _prompt(self, question: Question, reading: Reading, *, has_template: bool, end: str | None) -> Prompt:

@@ -9,7 +9,7 @@ import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from train.errors import UserError
+from train.errors import UserError, first_line
 
 
 def problems(tasks: Sequence[str]) -> Iterator[str]:
@@ -46,8 +46,7 @@ def run(
             bootstrap_iters=0,
         )  # fmt: skip
     except (KeyError, ValueError, OSError, ConnectionError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--lm_eval_tasks {' '.join(tasks)}: {first_line}") from None
+        raise UserError(f"--lm_eval_tasks {' '.join(tasks)}: {first_line(error)}") from None
     return parse_results((found or {}).get("results", {}))
 
 

@@ -22,8 +22,6 @@ from train.errors import UserError, refuse
 from train.finetune.record_files import read_records
 from train.finetune.record_formats import Reading, parse_question
 
-_SHOWN_PROBLEMS = 10
-
 
 @dataclass(frozen=True)
 class Question:
@@ -68,8 +66,7 @@ def read(file: Path, reading: Reading, *, flag: str, limit: int = 0) -> list[Que
             problems.append(f"{where}: {error}.")
         if limit and len(questions) == limit:
             break
-    more = len(problems) - _SHOWN_PROBLEMS
-    refuse([*problems[:_SHOWN_PROBLEMS], *([f"{more} more records are no questions."] if more > 0 else [])])
+    refuse(problems, rest="records are no questions")
     refuse([] if questions else [f"{flag} {file} holds no question."])
     counts = Counter(one.identity for one in questions)
     twice = [
@@ -77,7 +74,7 @@ def read(file: Path, reading: Reading, *, flag: str, limit: int = 0) -> list[Que
         for name, count in counts.items()
         if count > 1
     ]
-    refuse(twice[:_SHOWN_PROBLEMS])
+    refuse(twice, rest="ids are there several times")
     return questions
 
 

@@ -16,11 +16,9 @@ from pathlib import Path
 
 from train.data.document_formats import BadDocumentError
 from train.data.documents import Skipped
-from train.errors import UserError
+from train.errors import MOST_PROBLEMS, UserError
 from train.finetune.record_files import read_records
 from train.finetune.record_formats import Message, Reading, parse_record
-
-_SHOWN_PROBLEMS = 10
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def read_conversations(
                 name, messages = parse_record(record, reading)
             except BadDocumentError as error:
                 skipped.take(f"{where}: {error}", "skip")
-                if on_error == "stop" and len(problems) < _SHOWN_PROBLEMS:
+                if on_error == "stop" and len(problems) < MOST_PROBLEMS:
                     problems.append(f"{where}: {error}.")
                 continue
             if not problems:

@@ -18,9 +18,7 @@ from train.generate import model as models
 from train.generate import prompts as prompt_files
 from train.generate.decode import Drawing, decode
 from train.generate.prompts import Prompt
-from train.settings import setting
-
-_LARGEST_SEED = 2**32 - 1  # what NumPy, and with it transformers, takes
+from train.settings import LARGEST_SEED, setting
 
 
 @dataclass(frozen=True)
@@ -64,8 +62,8 @@ class GenerateSettings:
         for name in ("temperature", "top_k", "seed"):
             if getattr(self, name) < 0:
                 yield f"--{name} {getattr(self, name)}: it must not be negative."
-        if self.seed > _LARGEST_SEED:
-            yield f"--seed {self.seed}: it must be at most {_LARGEST_SEED}."
+        if self.seed > LARGEST_SEED:
+            yield f"--seed {self.seed}: it must be at most {LARGEST_SEED}."
         if not 0 < self.top_p <= 1:
             yield f"--top_p {self.top_p}: it must be above 0 and at most 1."
         if self.repetition_penalty <= 0:

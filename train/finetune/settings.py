@@ -15,7 +15,7 @@ from typing import Any
 from train.cluster.settings import ClusterSettings, SubmitSettings
 from train.finetune import data_settings, methods, seed_recipes
 from train.finetune.record_formats import AUTO, FORMATS
-from train.settings import section, setting
+from train.settings import LARGEST_SEED, section, setting
 
 _AT_LEAST_ONE = (
     "per_device_train_batch_size",
@@ -25,7 +25,6 @@ _AT_LEAST_ONE = (
     "save_total_limit",
 )
 _NOT_NEGATIVE = ("num_processes", "weight_decay", "max_grad_norm", "save_steps", "eval_steps", "show_examples", "seed")
-_LARGEST_SEED = 2**32 - 1  # what NumPy, and with it transformers, takes
 
 
 @dataclass(frozen=True)
@@ -181,8 +180,8 @@ class FinetuneSettings:
             yield "--deepspeed and --zero_stage exclude each other: the file states its own stage."
         if self.eval_steps and not self.evaluates:
             yield f"--eval_steps {self.eval_steps} has no effect without --eval_data_files or --eval_size: add one."
-        if self.seed > _LARGEST_SEED:
-            yield f"--seed {self.seed}: it must be at most {_LARGEST_SEED}."
+        if self.seed > LARGEST_SEED:
+            yield f"--seed {self.seed}: it must be at most {LARGEST_SEED}."
         if "" in self.additional_special_tokens:
             yield "--additional_special_tokens: a token is empty; name the tokens, or leave the flag out."
         yield from methods.problems(self)

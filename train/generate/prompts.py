@@ -23,7 +23,6 @@ from train.finetune.record_files import read_records
 ANSWER_KEYS = ("answer", "tokens", "ended")
 _RECORDS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
 _NO_TEXT = (".parquet", ".arrow", ".gz", ".zst", ".xz", ".bz2", ".zip")
-_SHOWN_PROBLEMS = 10
 _TURNS = ("system", "user", "assistant")
 
 
@@ -80,8 +79,7 @@ def _read_records(file: Path, flag: str) -> list[Prompt]:
             prompts.append(parse(record))
         except ValueError as error:
             problems.append(f"{flag} {file}, {place}: {error}.")
-    more = len(problems) - _SHOWN_PROBLEMS
-    refuse([*problems[:_SHOWN_PROBLEMS], *([f"{more} more records are no prompts."] if more > 0 else [])])
+    refuse(problems, rest="records are no prompts")
     refuse([] if prompts else [f"{flag} {file} has no prompt: write one a line."])
     return prompts
 
