@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from train import start_times
 from train.cluster import network, preflight
 from train.cluster.agent import INVITATION
 from train.cluster.channel import Channel, ChannelError, welcome
@@ -345,7 +346,7 @@ class Coordinator:
         addresses = [member.channel.peer for _, member in sorted(self._members.items())]
         order = {
             "argv": list(job.argv),
-            "environment": {**job.environment, **job.secrets},
+            "environment": {**job.environment, **job.secrets, start_times.BEGAN_VARIABLE: start_times.own_birth()},
             "processes": job.processes,
             "nodes": len(job.nodes),
             "master_address": master.facts.get("interface_address") or addresses[0],

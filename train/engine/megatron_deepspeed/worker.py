@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from train import outcome, settings
+from train import outcome, settings, start_times
 from train.deepspeed_ops import quote_library_path
 from train.early_end import EndedEarlyError
 from train.engine.megatron_deepspeed import pass_through, patches
@@ -28,6 +28,7 @@ from train.run_folder import RunFolder
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains the recipe and reports how it ended."""
+    start_times.begin()
     words = list(sys.argv[1:] if argv is None else argv)
     end = words.index("--") if "--" in words else len(words)
     parser = argparse.ArgumentParser(description=__doc__)

@@ -46,6 +46,7 @@ _MODULES = (
     "golden_logits",
     "whole_checkpoints",
     "progress_lines",
+    "start_times",
     "early_end",
 )
 
