@@ -83,6 +83,9 @@ def measure(settings: ThroughputSettings) -> int:
         row = _run(settings, name, command, full, causal)
         results.append(row)
         print(_line(row), flush=True)
+    for row in results:
+        for told in filter(None, (row.get("start"), row.get("saved"))):
+            print(f"{row['name']}: {told}")
     outputs.write_text(settings.output_dir / "results.json", json.dumps(results, indent=2) + "\n")
     return 0
 
@@ -143,6 +146,8 @@ def _run(
         "first_step_s": batch_tokens / records[0]["tokens_per_second"],
         "start_to_first_step_s": waiting.seconds,
         "last_loss": records[-1]["loss"],
+        "saved": next((line for line in said.splitlines() if line.startswith("saved global_step")), None),
+        "start": next((line for line in said.splitlines() if line.startswith("start: ")), None),
         "gpus": gpus,
     }
 

@@ -18,6 +18,7 @@ from train.engine.megatron_deepspeed.patches import (
     progress_lines,
     stand_in,
     universal_notes,
+    whole_checkpoints,
 )
 from train.errors import EXIT_NON_FINITE_LOSS, NonFiniteLossError, UserError
 
@@ -192,3 +193,12 @@ def test_cpu_kernels_compute_upstreams_formulas() -> None:
     scores = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -10000.0)
     expected = torch.einsum("bhst,tbhd->sbhd", scores.softmax(-1), value).reshape(5, 2, 12)
     torch.testing.assert_close(cpu_kernels.causal_attention(query, key, value), expected)
+
+
+def test_what_was_saved_is_told_with_its_speed(tmp_path: Path) -> None:
+    for name, size in (("weights.pt", 1_500_000_000), ("state.pt", 500_000_000)):
+        (tmp_path / name).touch()
+        os.truncate(tmp_path / name, size)  # a hole, which takes no disk
+    (tmp_path / "folder").mkdir()
+    told = whole_checkpoints.saved_text("global_step8", tmp_path, 4.0)
+    assert told == "saved global_step8: 2.00 GB in 4.0 s (0.50 GB/s), checksums included"

@@ -93,6 +93,16 @@ def _apply(run: Run) -> str:
             refuse_non_finite(loss, step, Path(get_args().save), what="the evaluation loss")
         return result
 
+    save = training.save_checkpoint_and_time
+
+    @functools.wraps(save)
+    def save_and_pause(*others: Any, **options: Any) -> Any:
+        result = save(*others, **options)
+        for line in lines:
+            line.pause()  # the time of a save is not training's
+        return result
+
+    training.save_checkpoint_and_time = save_and_pause
     training.train = start
     training.training_log = log
     training.evaluate_and_print_results = evaluate

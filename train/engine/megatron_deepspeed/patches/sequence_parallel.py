@@ -20,8 +20,21 @@ def is_partial(name: str, parameter: Any) -> bool:
     return bool(getattr(parameter, "sequence_parallel", False)) or "norm" in name.lower()
 
 
+def sum_together(gradients: list[Any], group: Any) -> None:
+    """Sums each of many small tensors over the group's ranks, in one all-reduce."""
+    import torch
+
+    if not gradients:
+        return
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    torch.distributed.all_reduce(flat, group=group)
+    for gradient, total in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(total.view_as(gradient))
+
+
 def _apply(_run: Run) -> str:
     import torch
+    from deepspeed.runtime.pipe.engine import PipelineEngine
     from megatron import get_args
     from megatron.core import mpu
     from megatron.core.tensor_parallel import layers
@@ -36,6 +49,8 @@ def _apply(_run: Run) -> str:
 
     layers.SequenceParallelPositionEmbedding = PositionEmbedding
     build = gpt_model.GPTModelPipe.__init__
+    reduce = PipelineEngine._bf16_reduce_grads
+    summed_later: list[Any] = []
 
     def sum_over_tensor_ranks(gradient: Any) -> Any:
         gradient = gradient.contiguous()
@@ -49,9 +64,18 @@ def _apply(_run: Run) -> str:
             last_norm = str(1 + 1 + get_args().num_layers)  # the pipeline names its layers by number
             for name, parameter in self.named_parameters():
                 if is_partial(name, parameter) or name.split(".")[0] == last_norm:
-                    parameter.register_hook(sum_over_tensor_ranks)
+                    if get_args().bf16:  # added up in fp32 over the micro batches: once a step will do
+                        summed_later.append(parameter)
+                    else:
+                        parameter.register_hook(sum_over_tensor_ranks)
+
+    @functools.wraps(reduce)
+    def sum_and_reduce(self: Any) -> None:
+        sum_together([parameter._hp_grad for parameter in summed_later], mpu.get_tensor_model_parallel_group())
+        reduce(self)
 
     gpt_model.GPTModelPipe.__init__ = build_and_sum
+    PipelineEngine._bf16_reduce_grads = sum_and_reduce
     return "GPTModelPipe: gradients of norms and row-parallel biases summed over tensor ranks; whole position embedding"
 
 

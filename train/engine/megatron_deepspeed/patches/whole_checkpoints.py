@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ def _apply(run: Run) -> str:
     def save_whole(self: Any, save_dir: str, tag: str | None = None, client_state: Any = None, **options: Any) -> Any:
         if self.global_steps in saved_steps:  # upstream saves the last step twice
             return True
+        began = time.monotonic()
         folder, name = Path(save_dir), tag or f"global_step{self.global_steps}"
         unfinished = folder / f".{name}.unfinished-save"
         leads = torch.distributed.get_rank() == 0
@@ -47,10 +49,18 @@ def _apply(run: Run) -> str:
             prune(folder, run.keep_last)
         torch.distributed.barrier()
         saved_steps.add(self.global_steps)
+        if leads:
+            print(saved_text(name, folder / name, time.monotonic() - began), flush=True)
         return True
 
     DeepSpeedEngine.save_checkpoint = save_whole
     return "DeepSpeedEngine.save_checkpoint: into an unfinished folder that is renamed at the end"
+
+
+def saved_text(name: str, folder: Path, seconds: float) -> str:
+    """How much was saved and how long training stood still for it; files of other nodes' own disks are not counted."""
+    size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file()) / 1e9
+    return f"saved {name}: {size:.2f} GB in {seconds:.1f} s ({size / max(seconds, 1e-9):.2f} GB/s), checksums included"
 
 
 @contextmanager
