@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from megatron_tiny_run import flags, write_corpus
 
-from train.engine.megatron_deepspeed import checkout, half_batches, transformer_layer
+from train.engine.megatron_deepspeed import checkout, column_linear, exchange, half_batches, transformer_layer
 from train.engine.megatron_deepspeed.patches import (
     DISABLED_VARIABLE,
     FORCED_VARIABLE,
@@ -80,14 +80,35 @@ def test_a_layer_in_parts_is_the_layer_in_one() -> None:
     def noted(name: str) -> Any:
         return lambda values: (calls.append(name), values)[1]
 
-    parts = InParts(spread=noted("spread"), gather=noted("gather"), compile=lambda function: function)
+    def column(values: Any, weight: Any, bias: Any) -> Any:
+        calls.append("column")
+        return torch.nn.functional.linear(values, weight, bias)
+
+    parts = InParts(column=column, gather=noted("gather"), compile=lambda function: function)
     one = transformer_layer.whole(stream, given, angle.cos(), angle.sin(), SHAPE)
     torch.testing.assert_close(parts.layer()(stream, given, angle.cos(), angle.sin(), SHAPE), one)
-    assert calls == ["spread", "gather", "spread", "gather"]
+    assert calls == ["column", "gather", "column", "gather"]
     assert not torch.allclose(one, transformer_layer.whole(stream, given, None, None, SHAPE))
 
 
-@pytest.mark.parametrize("exchanges", [half_batches.sums, half_batches.shares])
+@pytest.mark.parametrize("exchanges", [exchange.sums, exchange.shares])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_column_parallel_linear_function_and_its_gradients(exchanges: Any, biased: bool, one_rank: None) -> None:
+    import torch
+
+    results = []
+    for function in (column_linear.column_linear(exchanges(None)), torch.nn.functional.linear):
+        torch.manual_seed(5)
+        values, weight, bias = torch.randn(6, 4, HIDDEN), torch.randn(24, HIDDEN), torch.randn(24)
+        given = [values.requires_grad_(), weight.requires_grad_(), bias.requires_grad_() if biased else None]
+        output = function(*given)
+        (output**2).mean().backward()
+        results.append([output, *(tensor.grad for tensor in given if tensor is not None)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("exchanges", [exchange.sums, exchange.shares])
 @pytest.mark.parametrize("biased", [False, True])
 def test_two_half_batches_give_the_layer_and_its_gradients(exchanges: Any, biased: bool, one_rank: None) -> None:
     import torch
@@ -116,7 +137,6 @@ def test_only_batches_that_can_be_halved_are(
     monkeypatch.setattr(compiled_layers, "_halves_batches", True)
     none = types.SimpleNamespace(
         get_tensor_model_parallel_world_size=lambda: 2, get_tensor_model_parallel_group=lambda: None,
-        copy_to_tensor_model_parallel_region=lambda values: values,
         reduce_from_tensor_model_parallel_region=lambda values: values, sequence_parallel=False,
     )  # fmt: skip
     compiled: list[str] = []
@@ -130,7 +150,7 @@ def test_only_batches_that_can_be_halved_are(
         layer(stream, weights_of_ones(), None, None, SHAPE),
         transformer_layer.whole(stream, weights_of_ones(), None, None, SHAPE),
     )
-    assert compiled.count("attention_part") == (0 if halved else 1)
+    assert compiled.count("attention_of") == (0 if halved else 1)
     assert compiled.count("enter") == int(halved)
 
 

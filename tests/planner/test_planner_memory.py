@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,8 @@ def test_a_layer_keeps_what_autograd_saves(shape: Shape, tensor: int, split: boo
 def saved_bytes_per_token(shape: Shape, tensor: int, split: bool, sequence: int = 64, batch: int = 2) -> float:
     import torch
 
+    from train.engine.megatron_deepspeed.column_linear import column_linear
+    from train.engine.megatron_deepspeed.exchange import Exchange, Exchanges, started
     from train.engine.megatron_deepspeed.transformer_layer import InParts, LayerShape, whole
 
     torch._dynamo.reset()
@@ -160,13 +163,15 @@ def saved_bytes_per_token(shape: Shape, tensor: int, split: bool, sequence: int 
     def compile_it(function: Any) -> Any:
         return torch.compile(function, backend="aot_eager_decomp_partition", dynamic=False)
 
-    def spread(values: Any) -> Any:
-        return torch.cat([values] * tensor) if split else values
+    def spread(values: Any) -> Exchange:
+        return started(None, torch.cat([values] * tensor))
 
     def gather(values: Any) -> Any:
         return values.chunk(tensor)[0].clone() if split else values
 
-    layer = compile_it(whole) if tensor == 1 else InParts(spread, gather, compile_it).layer()
+    none = functools.partial(started, None)
+    exchanges = Exchanges(spread=spread if split else None, spread_back=none, gather=none, gather_back=None)
+    layer = compile_it(whole) if tensor == 1 else InParts(column_linear(exchanges), gather, compile_it).layer()
     length = sequence // tensor if split else sequence
     stream = torch.randn(length, batch, shape.hidden, dtype=torch.bfloat16, requires_grad=True) * 1.0
     seen: dict[int, int] = {}

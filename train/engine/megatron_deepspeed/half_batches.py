@@ -19,72 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from train.engine.megatron_deepspeed import transformer_layer
+from train.engine.megatron_deepspeed.exchange import Exchanges, started
 from train.engine.megatron_deepspeed.transformer_layer import LayerShape, LayerWeights
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """A collective that has been started.
-
-    Attributes:
-        tensor: its result, once `wait` has returned it.
-        work: what torch gave for it.
-    """
-
-    tensor: Any
-    work: Any
-
-    def wait(self) -> Any:
-        """The result; what is computed after this call has it."""
-        self.work.wait()
-        return self.tensor
-
-
-@dataclass(frozen=True)
-class Exchanges:
-    """How the ranks exchange, each a function (tensor) -> Exchange, or None for nothing; the tensor may be overwritten.
-
-    Attributes:
-        spread: before a column-parallel weight.
-        spread_back: its counterpart for gradients.
-        gather: after a row-parallel weight.
-        gather_back: its counterpart for gradients.
-    """
-
-    spread: Callable[[Any], Exchange] | None
-    spread_back: Callable[[Any], Exchange]
-    gather: Callable[[Any], Exchange]
-    gather_back: Callable[[Any], Exchange] | None
-
-
-def sums(group: Any) -> Exchanges:
-    """Whole streams in every rank: outputs are summed forwards, inputs' gradients backwards."""
-    import torch
-
-    def add(values: Any) -> Exchange:
-        values = values.contiguous()
-        return Exchange(values, torch.distributed.all_reduce(values, group=group, async_op=True))
-
-    return Exchanges(spread=None, spread_back=add, gather=add, gather_back=None)
-
-
-def shares(group: Any) -> Exchanges:
-    """Each rank has its share of the sequence (`--sequence_parallel`)."""
-    import torch
-
-    ranks = torch.distributed.get_world_size(group)
-
-    def join(values: Any) -> Exchange:
-        whole = values.new_empty((values.shape[0] * ranks, *values.shape[1:]))
-        work = torch.distributed.all_gather_into_tensor(whole, values.contiguous(), group=group, async_op=True)
-        return Exchange(whole, work)
-
-    def split(values: Any) -> Exchange:
-        share = values.new_empty((values.shape[0] // ranks, *values.shape[1:]))
-        work = torch.distributed.reduce_scatter_tensor(share, values.contiguous(), group=group, async_op=True)
-        return Exchange(share, work)
-
-    return Exchanges(spread=join, spread_back=split, gather=split, gather_back=join)
 
 
 def enter(stream: Any, norm: Any, norm_bias: Any, epsilon: float) -> tuple[Any, Any, Any, Any]:
@@ -231,7 +167,7 @@ class _Schedule:
         spread, gather = self.exchanges.spread, self.exchanges.gather
         enter = Piece(self.enter, [stream], weights.norm1, weights.norm1_bias, shape.epsilon)
         *residuals, first, second = enter.taken()
-        spreading = [_start(spread, values) for values in (first, second)]
+        spreading = [started(spread, values) for values in (first, second)]
         attention, attended = [], []
         for waiting in spreading:
             attention.append(Piece(self.attention, [waiting.wait()], weights, cosine, sine, shape))
@@ -241,7 +177,7 @@ class _Schedule:
             middle.append(self._middle(waiting.wait(), residual, weights, shape))
             middle_stream, values = middle[-1].taken()
             streams.append(middle_stream)
-            mlp.append(Piece(self.mlp, [_start(spread, values).wait()], weights, shape))
+            mlp.append(Piece(self.mlp, [started(spread, values).wait()], weights, shape))
             done.append(gather(mlp[-1].taken()[0]))
         leave = Piece(self.leave, [*streams, *(waiting.wait() for waiting in done)], weights.down_bias)
         return leave.taken()[0], _Pieces(enter, attention, middle, mlp, leave)
@@ -257,7 +193,7 @@ class _Schedule:
         first, second, *outputs = pieces.leave.back(gradient)
         streams = [first, second]
         # the second half goes first: its last exchange is the one that was hidden least
-        joining = {half: _start(gather_back, outputs[half]) for half in (1, 0)}
+        joining = {half: started(gather_back, outputs[half]) for half in (1, 0)}
         spreading = {}
         for half in (1, 0):
             spreading[half] = spread_back(pieces.mlp[half].back(joining[half].wait())[0])
@@ -265,17 +201,6 @@ class _Schedule:
         entering = {}
         for half in (1, 0):
             values, residuals[half] = pieces.middle[half].back(streams[half], spreading[half].wait())
-            values = _start(gather_back, values).wait()
+            values = started(gather_back, values).wait()
             entering[half] = spread_back(pieces.attention[half].back(values)[0])
         return pieces.enter.back(*residuals, *(entering[half].wait() for half in (0, 1)))[0]
-
-
-def _start(exchange: Callable[[Any], Exchange] | None, values: Any) -> Exchange:
-    return Exchange(values, _Nothing()) if exchange is None else exchange(values)
-
-
-class _Nothing:
-    """The work of no exchange."""
-
-    def wait(self) -> None:
-        pass

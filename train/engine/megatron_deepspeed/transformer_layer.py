@@ -5,7 +5,7 @@ tensors copied to the GPU per call). These are the same formulas, in the same or
 
     x = x + dense(attention(norm(x)));  x = x + mlp(norm(x))
 
-Between them stand the collectives of tensor parallelism, `spread` before a column-parallel weight and `gather` after a
+Between them stand the collectives of tensor parallelism, one before a column-parallel weight and `gather` after a
 row-parallel one; with one tensor rank both are nothing and a layer is one graph.
 """
 
@@ -74,13 +74,12 @@ def rotate(values: Any, cosine: Any, sine: Any) -> Any:
     return values * cosine + torch.cat((-second, first), dim=-1) * sine
 
 
-def attend(values: Any, qkv: Any, qkv_bias: Any, cosine: Any, sine: Any, shape: LayerShape) -> Any:
-    """Causal attention: [sequence, batch, hidden] -> this rank's [sequence, batch, heads * head_dim]."""
+def attend(mixed: Any, cosine: Any, sine: Any, shape: LayerShape) -> Any:
+    """Causal attention: queries, keys and values of this rank's groups -> its [sequence, batch, heads * head_dim]."""
     import torch
 
-    sequence, batch = values.shape[:2]
+    sequence, batch = mixed.shape[:2]
     heads = shape.groups * shape.queries_per_group
-    mixed = torch.nn.functional.linear(values, qkv, qkv_bias)
     mixed = mixed.view(sequence, batch, shape.groups, shape.queries_per_group + 2, shape.head_dim)
     query = mixed[..., : shape.queries_per_group, :].reshape(sequence, batch, heads, shape.head_dim)
     key, value = mixed[..., shape.queries_per_group, :], mixed[..., shape.queries_per_group + 1, :]
@@ -115,16 +114,29 @@ def attention_part(values: Any, weights: LayerWeights, cosine: Any, sine: Any, s
     """From normalised values to this rank's share of the attention's output, before `gather` and bias."""
     import torch
 
-    context = attend(values, weights.qkv, weights.qkv_bias, cosine, sine, shape)
-    return torch.nn.functional.linear(context, weights.dense)
+    mixed = torch.nn.functional.linear(values, weights.qkv, weights.qkv_bias)
+    return attention_of(mixed, weights, cosine, sine, shape)
+
+
+def attention_of(mixed: Any, weights: LayerWeights, cosine: Any, sine: Any, shape: LayerShape) -> Any:
+    """The same from queries, keys and values on."""
+    import torch
+
+    return torch.nn.functional.linear(attend(mixed, cosine, sine, shape), weights.dense)
 
 
 def mlp_part(values: Any, weights: LayerWeights, shape: LayerShape) -> Any:
     """From normalised values to this rank's share of the feed-forward layer's output, before `gather` and bias."""
     import torch
 
-    inside = activate(torch.nn.functional.linear(values, weights.up), weights.up_bias, shape.activation)
-    return torch.nn.functional.linear(inside, weights.down)
+    return mlp_of(torch.nn.functional.linear(values, weights.up), weights, shape)
+
+
+def mlp_of(inside: Any, weights: LayerWeights, shape: LayerShape) -> Any:
+    """The same from the feed-forward layer's inside on, which has no bias yet."""
+    import torch
+
+    return torch.nn.functional.linear(activate(inside, weights.up_bias, shape.activation), weights.down)
 
 
 def add_and_normalise(
@@ -147,31 +159,32 @@ def whole(stream: Any, weights: LayerWeights, cosine: Any, sine: Any, shape: Lay
 
 @dataclass(frozen=True)
 class InParts:
-    """A layer of several tensor ranks: five graphs with the collectives between them.
+    """A layer of several tensor ranks: five graphs with the collectives and the column-parallel weights between them.
 
     Attributes:
-        spread: what stands before a column-parallel weight (nothing forward, a sum backward; an all-gather when the
-            sequence is split).
+        column: a column-parallel linear function with the collectives before it (column_linear.py).
         gather: what stands after a row-parallel weight (a sum; a reduce-scatter when the sequence is split).
         compile: makes a function of Python one of the device.
     """
 
-    spread: Collective
+    column: Callable[[Any, Any, Any], Any]
     gather: Collective
     compile: Callable[[Any], Any]
 
     def layer(self) -> Callable[..., Any]:
         """The function that computes a layer, as `whole` does."""
         first, attention, middle, mlp, last = map(
-            self.compile, (normalise, attention_part, add_and_normalise, mlp_part, add)
+            self.compile, (normalise, attention_of, add_and_normalise, mlp_of, add)
         )
 
         def run(stream: Any, weights: LayerWeights, cosine: Any, sine: Any, shape: LayerShape) -> Any:
-            values = self.spread(first(stream, weights.norm1, weights.norm1_bias, shape.epsilon))
-            values = self.gather(attention(values, weights, cosine, sine, shape))
+            values = first(stream, weights.norm1, weights.norm1_bias, shape.epsilon)
+            mixed = self.column(values, weights.qkv, weights.qkv_bias)
+            values = self.gather(attention(mixed, weights, cosine, sine, shape))
             stream, values = middle(
                 values, weights.dense_bias, stream, weights.norm2, weights.norm2_bias, shape.epsilon
             )
-            return last(self.gather(mlp(self.spread(values), weights, shape)), weights.down_bias, stream)
+            inside = self.column(values, weights.up, None)
+            return last(self.gather(mlp(inside, weights, shape)), weights.down_bias, stream)
 
         return run

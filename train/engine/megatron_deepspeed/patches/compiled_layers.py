@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from train.engine.megatron_deepspeed import bias_gelu, half_batches, transformer_layer
+from train.engine.megatron_deepspeed import bias_gelu, column_linear, exchange, half_batches, transformer_layer
 from train.engine.megatron_deepspeed.patches import Patch, Run
 from train.engine.megatron_deepspeed.transformer_layer import InParts, LayerShape, LayerWeights
 
@@ -118,21 +118,15 @@ def install(run_compiled: Any) -> None:
 def _layer_function(run_compiled: Any, mpu: Any, mappings: Any, args: Any) -> Any:
     if mpu.get_tensor_model_parallel_world_size() == 1:
         return run_compiled(transformer_layer.whole)
+    group = mpu.get_tensor_model_parallel_group()
     if args.sequence_parallel:
-        spread, gather = (
-            mappings.gather_from_sequence_parallel_region,
-            mappings.reduce_scatter_to_sequence_parallel_region,
-        )
+        exchanges, gather = exchange.shares(group), mappings.reduce_scatter_to_sequence_parallel_region
     else:
-        spread, gather = (
-            mappings.copy_to_tensor_model_parallel_region,
-            mappings.reduce_from_tensor_model_parallel_region,
-        )
-    in_parts = InParts(spread, gather, run_compiled).layer()
+        exchanges, gather = exchange.sums(group), mappings.reduce_from_tensor_model_parallel_region
+    in_parts = InParts(column_linear.column_linear(exchanges), gather, run_compiled).layer()
     if not _halves_batches:
         return in_parts
-    exchange = half_batches.shares if args.sequence_parallel else half_batches.sums
-    in_halves = half_batches.InHalves(exchange(mpu.get_tensor_model_parallel_group()), run_compiled).layer()
+    in_halves = half_batches.InHalves(exchanges, run_compiled).layer()
 
     def run(stream: Any, *others: Any) -> Any:
         """Halves where there is something to be gained and a batch that can be halved."""
