@@ -96,6 +96,8 @@ def check(run_folder: RunFolder, identity: dict[str, Any]) -> None:
             continue
         if path == ("engine_commit",) and "engine_commit" not in former:  # begun before it was recorded
             continue
+        if path[0] == "settings" and before is None and not now:  # begun before there was such a setting
+            continue
         if path[-1] == "train_tokens" and identity["engine"] == choose.TRANSFORMERS and before < now:
             print(f"--train_tokens grows from {before:,} to {now:,}: the order of the data is drawn anew from here on")
         else:

@@ -79,6 +79,16 @@ def test_the_transformers_engine_keeps_its_layout(run_folder: RunFolder) -> None
         run_identity.check(run_folder, identity("--zero_stage", "1", engine="transformers", processes=4))
 
 
+@pytest.mark.parametrize("engine", ["transformers", "megatron-deepspeed"])
+def test_a_run_begun_before_there_was_a_setting_goes_on(run_folder: RunFolder, engine: str) -> None:
+    began = identity(engine=engine)
+    del began["settings"]["parallel"]["layers_per_stage"], began["settings"]["parallel"]["no_pipeline_parallel"]
+    begin(run_folder, began)
+    run_identity.check(run_folder, identity(engine=engine))
+    with pytest.raises(UserError, match="no_pipeline_parallel: None there, True now"):
+        run_identity.check(run_folder, identity("--no_pipeline_parallel", "True", engine=engine))
+
+
 def test_checkpoints_that_nobody_began_are_refused(run_folder: RunFolder) -> None:
     with pytest.raises(UserError, match="holds checkpoints that no run here has begun"):
         run_identity.check(run_folder, identity())

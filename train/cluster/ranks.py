@@ -12,7 +12,8 @@ from pathlib import Path
 
 from train.cluster.allocation import Allocation
 
-_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the older name
+# torch up to 2.8 knows the second name only, and 2.9 hears of growing blocks by it alone (pytorch/pytorch#183387)
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def rank_argv(module: str) -> list[str]:
@@ -40,5 +41,5 @@ def rank_environment(allocation: Allocation, *, extensions_dir: Path) -> dict[st
         environment["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
     elif not any(name in os.environ for name in _ALLOCATOR):
         # blocks that grow: without them a tenth and more of a GPU's memory is lost between tensors
-        environment[_ALLOCATOR[0]] = "expandable_segments:True"
+        environment |= dict.fromkeys(_ALLOCATOR, "expandable_segments:True")
     return environment
