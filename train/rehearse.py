@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train import same_run
+from train import micro_batch, same_run
 from train.cluster import allocation as allocations
 from train.cluster.allocation import Allocation
 from train.cluster.settings import ClusterSettings, SubmitSettings
@@ -206,6 +206,7 @@ def rehearse(recipe: PretrainRecipe) -> int:
 
 def full_size_problems(recipe: PretrainRecipe, world_size: int) -> list[str]:
     """What would keep the recipe itself, at its own size and on GPUs, from starting in this layout."""
+    recipe = micro_batch.open_to_one(recipe)
     target = Allocation(("cluster",), world_size, "cpu" if recipe.parallel.device == "cpu" else "cuda", "rehearsed")
     if recipe.parallel.attention == "flash_attention_2":  # whether it is installed is that cluster's affair
         recipe = dataclasses.replace(recipe, parallel=dataclasses.replace(recipe.parallel, attention="sdpa"))

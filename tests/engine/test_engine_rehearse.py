@@ -146,6 +146,13 @@ def test_the_full_size_is_checked_before_the_small_one_runs() -> None:
     assert rehearse.full_size_problems(fits, 16) == []
 
 
+@pytest.mark.parametrize("engine", ["auto", "megatron-deepspeed", "transformers"])
+def test_the_micro_batch_may_be_left_open(engine: str) -> None:
+    left_open = recipe(micro_batch_size=0, engine=engine)
+    assert rehearse.full_size_problems(left_open, 2) == []
+    assert rehearse.shrink(left_open, world_size=2, output_dir=Path("/scratch")).recipe.training.micro_batch_size == 1
+
+
 def test_memory_that_is_not_there_is_told_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rehearse, "_available_bytes", lambda: 4 * 2**30)
     assert rehearse.memory_problems(4) == []
