@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import socket
 import time
@@ -31,7 +32,7 @@ from train.errors import EXIT_INTERRUPTED, UserError
 from train.monitor import progress, wandb_run
 from train.process import Command
 from train.recipe import PretrainRecipe
-from train.run_folder import RunFolder
+from train.run_folder import Load, RunFolder
 
 if TYPE_CHECKING:
     from train.data.blend import BlendPart
@@ -77,7 +78,7 @@ def pretrain(recipe: PretrainRecipe) -> int:
             run_folder = _beginning(run_folder, recipe, engine)
         start = 0 if recipe.overwrite else run_folder.latest_step() or 0
         stretches = run_identity.stretches(former, _layout(recipe, allocation), start)
-        command = choose.engine(engine).prepare(recipe, allocation, run_folder)
+        command = choose.engine(engine).prepare(_in_stages_of(run_folder.load, recipe), allocation, run_folder)
         _announce(recipe, engine, reason, allocation, run_folder)
         checks.describe_blend(parts, recipe.training.train_tokens)
         vocab_rows = checks.vocab_rows(recipe, engine, command.argv)
@@ -183,13 +184,26 @@ def _going_on(run_folder: RunFolder, recipe: PretrainRecipe, engine: str, alloca
     if decision.step is None or engine != choose.MEGATRON:
         return run_folder
     from train.checkpoint.megatron import reshape
+    from train.engine.megatron_deepspeed.patches import balanced_stages
 
     parallel = recipe.parallel
     tensor, pipeline = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
-    target = reshape.Target(tensor, pipeline, allocation.world_size // (tensor * pipeline), parallel.layers_per_stage)
+    layers_per_stage = parallel.layers_per_stage
+    if balanced_stages.is_switched_off(os.environ):
+        layers_per_stage = ((recipe.model.num_layers or 0) // pipeline,) * pipeline
+    target = reshape.Target(tensor, pipeline, allocation.world_size // (tensor * pipeline), layers_per_stage)
     is_last = decision.step >= recipe.train_steps
     load = reshape.prepare_load(run_folder.step_dir(decision.step), target, is_last=is_last)
     return dataclasses.replace(run_folder, load=load)
+
+
+def _in_stages_of(load: Load | None, recipe: PretrainRecipe) -> PretrainRecipe:
+    """The recipe with the pipeline stages of the checkpoint that goes on as it is."""
+    if load is None or not load.layers_per_stage:
+        return recipe
+    return dataclasses.replace(
+        recipe, parallel=dataclasses.replace(recipe.parallel, layers_per_stage=load.layers_per_stage)
+    )
 
 
 def _beginning(run_folder: RunFolder, recipe: PretrainRecipe, engine: str) -> RunFolder:

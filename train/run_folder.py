@@ -35,12 +35,14 @@ class Load:
         is_universal: whether it is in DeepSpeed's form for other layouts.
         vocabulary_divisor: upstream's --make-vocab-size-divisible-by, where its default would change the embedding.
         initial_from: the folder with the tag when the run begins, from the weights alone; None when it goes on.
+        layers_per_stage: the pipeline stages that its files are of, to which the run keeps; empty leaves them open.
     """
 
     tag: str
     is_universal: bool = False
     vocabulary_divisor: int | None = None
     initial_from: Path | None = None
+    layers_per_stage: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,32 @@ def test_the_same_layout_needs_no_other_form(step_dir: Path, plain_dir: Path, ca
     )
 
 
+@pytest.mark.parametrize(("further", "kept"), [({}, (2, 2)), ({"layers_per_stage": [1, 3]}, (1, 3))])
+def test_a_run_keeps_the_stages_that_it_has(
+    plain_dir: Path, further: dict[str, Any], kept: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a run that began before stages were balanced, without a form in which it could go on in others."""
+    layout = read_layout(plain_dir)
+    said = vars(layout.arguments) | {"num_layers": 4, "padded_vocab_size": 2**20} | further  # 3 1 would be balanced
+    layout = dataclasses.replace(layout, arguments=argparse.Namespace(**said))
+    monkeypatch.setattr(reshape, "read_layout", lambda _folder: layout)
+    load = reshape.prepare_load(plain_dir, Target(2, 2, 1), is_last=True)
+    assert (load.tag, load.is_universal, load.layers_per_stage) == ("global_step8", False, kept)
+    assert reshape.prepare_load(plain_dir, Target(2, 2, 1, kept)).tag == "global_step8"
+    with pytest.raises(UserError, match="cannot go on in TP 2 x PP 2 x DP 1 with --layers_per_stage 3 1: without ZeRO"):
+        reshape.prepare_load(plain_dir, Target(2, 2, 1, (3, 1)))
+
+
+def test_stages_that_nothing_tells_take_the_other_form(step_dir: Path) -> None:
+    layout = read_layout(step_dir)
+    said = vars(layout.arguments) | {"num_layers": 5, "pipeline_model_parallel_size": 2}
+    layout = dataclasses.replace(layout, pipeline_parallel_size=2, arguments=argparse.Namespace(**said))
+    assert reshape.needs_universal(layout, Target(2, 2, 2))
+    assert not reshape.needs_universal(
+        dataclasses.replace(layout, arguments=argparse.Namespace(**said, layers_per_stage=[4, 1])), Target(2, 2, 2)
+    )
+
+
 def universal_of(step_dir: Path) -> Path:
     return step_dir.with_name("global_step8_universal")
 

@@ -342,6 +342,16 @@ def test_what_does_not_fit_is_refused(flags: dict[str, object], processes: int, 
     assert len(found) == 1 and message in found[0]
 
 
+def test_without_balanced_stages_all_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRAIN_DISABLED_PATCHES", "balanced-stages")
+    alike = recipe(pipeline_parallel_size=2)
+    assert prepare.problems(alike, allocation(2)) == []
+    asked_for = dataclasses.replace(alike, parallel=dataclasses.replace(alike.parallel, layers_per_stage=(2, 2)))
+    for refused, processes in ((recipe(pipeline_parallel_size=3), 3), (asked_for, 2)):
+        (found,) = prepare.problems(refused, allocation(processes))
+        assert f"without balanced-stages each of the {processes} pipeline stages" in found
+
+
 def test_what_fits_is_not_refused() -> None:
     chosen = recipe(tensor_parallel_size=2, pipeline_parallel_size=2, zero_stage=1, precision="bf16")
     assert prepare.problems(chosen, allocation(8)) == []

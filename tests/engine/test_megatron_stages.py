@@ -33,16 +33,21 @@ def test_uneven_stages_train_save_and_go_on_in_others(launch: Any, corpus: Path,
 
     job = output / "checkpoint" / "staged"
     shutil.rmtree(job / "global_step8")
-    said = pretrain("staged", "--layers_per_stage", 1, 2)
+    said = pretrain("staged", "--layers_per_stage", 1, 2, "--save_interval", 2)
     assert "layers of each pipeline stage: 1 2" in said
     assert "global_step4 was saved in TP 1 x PP 2 x DP 1, ZeRO 1, goes on in TP 1 x PP 2 x DP 1" in said
     assert "universal" in said
     assert losses(output, "staged") == pytest.approx(expected, rel=1e-6)
 
+    shutil.rmtree(job / "global_step8")
+    said = pretrain("staged")
+    assert "layers of each pipeline stage: 1 2" in said and "universal form" not in said  # it keeps what it has
+    assert losses(output, "staged") == pytest.approx(expected, rel=1e-6)
+
     checked = launch("common/check_checkpoint.sh", "--input_model_dir", job, "--json")
     assert checked.returncode == 0, checked.stdout + checked.stderr
     found = json.loads(checked.stdout)["checkpoints"]
-    assert [record["notes"] for record in found] == [[], []] and all(record["whole"] for record in found)
+    assert [record["notes"] for record in found] == [[], [], []] and all(record["whole"] for record in found)
 
     from train.checkpoint.megatron.export import export
 

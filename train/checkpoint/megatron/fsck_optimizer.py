@@ -7,11 +7,11 @@ files of other ranks, of another step, and a tied embedding of which the pipelin
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from train.checkpoint.findings import is_finite
-from train.checkpoint.megatron import reader, stages
+from train.checkpoint.megatron import reader
 from train.checkpoint.megatron.saved_layout import SavedLayout
 from train.checkpoint.megatron.zero_state import RankState, read_rank_state
 from train.errors import UserError
@@ -96,7 +96,7 @@ def _fits(
     missing = sorted(set(shapes) - set(parts))
     if missing:
         yield f"{file}: no data rank has the optimizer state of {', '.join(missing)}"
-    weights = _weights(layout, rank)
+    weights = _weights(layout, rank, names=states[0].shapes)
     for name, pieces in parts.items():
         master = torch.cat(pieces)
         if name not in shapes or master.numel() != torch.Size(shapes[name]).numel():
@@ -114,21 +114,15 @@ def _fits(
                 yield f"{file}: {name} differs from its copy in {other_file}, on the pipeline's other end"
 
 
-def _weights(layout: SavedLayout, rank: int) -> Mapping[str, Any]:
-    """A model rank's weights by the optimizer's names, as far as their files can be read."""
-    pipeline_rank, tensor_rank = divmod(rank, layout.tensor_parallel_size)
+def _weights(layout: SavedLayout, rank: int, *, names: Collection[str]) -> Mapping[str, Any]:
+    """A model rank's weights by the optimizer's names for them, as far as their files can be read."""
     found: dict[str, Any] = {}
     if not layout.has_pipeline_module:
         return found
-    counts = stages.recorded(layout.arguments)
-    begin = 2 + sum(counts[:pipeline_rank])
-    own = range(begin, begin + counts[pipeline_rank])
-    first, last = pipeline_rank == 0, pipeline_rank == layout.pipeline_parallel_size - 1
-    norm = int(layout.arguments.num_layers) + 2
-    numbers = [*([1] if first or (last and not layout.untied) else []), *own, *(range(norm, norm + 2) if last else [])]
-    for number in numbers:
-        if number > layout.last_layer_number:
-            continue
+    tensor_rank = rank % layout.tensor_parallel_size
+    # names begin with the number of their file; the tied embedding's is 1
+    numbers = {1 if name.startswith("tied_modules.") else int(name.partition(".")[0]) for name in names}
+    for number in sorted(numbers):
         try:
             layer = reader.load(layout.folder / layout.layer_file(number, tensor_rank))
         except UserError:

@@ -5,6 +5,7 @@ load = prepare_load(step_dir, Target(tensor_parallel_size=1, pipeline_parallel_s
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +26,14 @@ class Target:
     tensor_parallel_size: int
     pipeline_parallel_size: int
     data_parallel_size: int
-    layers_per_stage: tuple[int, ...] = ()  # empty: balanced
+    layers_per_stage: tuple[int, ...] = ()  # empty: those that are there, in another layout balanced ones
 
     def __str__(self) -> str:
-        return f"TP {self.tensor_parallel_size} x PP {self.pipeline_parallel_size} x DP {self.data_parallel_size}"
+        counts = " ".join(map(str, self.layers_per_stage))
+        return (
+            f"TP {self.tensor_parallel_size} x PP {self.pipeline_parallel_size} x DP {self.data_parallel_size}"
+            f"{' with --layers_per_stage ' + counts if counts else ''}"
+        )
 
 
 def prepare_load(step_dir: Path, target: Target, *, is_last: bool = False) -> Load:
@@ -45,6 +50,8 @@ def prepare_load(step_dir: Path, target: Target, *, is_last: bool = False) -> Lo
     layout = read_layout(step_dir)
     load = Load(step_dir.name, vocabulary_divisor=vocabulary_divisor(layout, target.tensor_parallel_size))
     if not needs_universal(layout, target):
+        if not target.layers_per_stage and layout.has_pipeline_module:
+            load = dataclasses.replace(load, layers_per_stage=stages.recorded(layout.arguments))
         if layout.data_parallel_size != target.data_parallel_size:
             print(f"{step_dir.name} was saved in {layout}, goes on in {target}: ZeRO 0 spreads nothing over data ranks")
         return load
@@ -71,13 +78,15 @@ def needs_universal(layout: SavedLayout, target: Target) -> bool:
     same_model_ranks = (layout.tensor_parallel_size, layout.pipeline_parallel_size) == (
         target.tensor_parallel_size,
         target.pipeline_parallel_size,
-    ) and (not layout.has_pipeline_module or stages.recorded(layout.arguments) == _stages(layout, target))
+    ) and (not layout.has_pipeline_module or _has_stages(layout, target))
     same_data_ranks = layout.data_parallel_size == target.data_parallel_size or layout.zero_stage == 0
     return not (same_model_ranks and same_data_ranks)
 
 
-def _stages(layout: SavedLayout, target: Target) -> tuple[int, ...]:
-    return target.layers_per_stage or stages.of_arguments(layout.arguments, target.pipeline_parallel_size)
+def _has_stages(layout: SavedLayout, target: Target) -> bool:
+    """Whether the stages are those that are asked for; where none are, whether it can be told which they are."""
+    found = stages.recorded(layout.arguments)
+    return found == target.layers_per_stage if target.layers_per_stage else bool(found)
 
 
 def why_not(layout: SavedLayout, target: Target | None = None) -> list[str]:

@@ -62,13 +62,15 @@ def of_arguments(arguments: Namespace, stages: int) -> tuple[int, ...]:
 
 
 def recorded(arguments: Namespace) -> tuple[int, ...]:
-    """The stages that a checkpoint was saved in: as its arguments say, or all alike, as upstream has them."""
+    """The stages that a checkpoint was saved in: as its arguments say, or all alike, as upstream has them.
+
+    Empty where that cannot be told: DeepSpeed's versions differ in who gets the layers that are left over.
+    """
     stages, layers = int(getattr(arguments, "pipeline_model_parallel_size", 1)), int(arguments.num_layers)
     found = getattr(arguments, "layers_per_stage", None)
     if found is not None:
         return tuple(int(count) for count in found)
-    each = -(-layers // stages)
-    return tuple(max(0, min(each, layers - stage * each)) for stage in range(stages))
+    return () if layers % stages else (layers // stages,) * stages
 
 
 def problems(layers_per_stage: Sequence[int], *, layers: int, stages: int) -> Iterator[str]:

@@ -6,10 +6,12 @@ problems(recipe, allocation)          one line each, with the arithmetic and the
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator
 
 from train.checkpoint.megatron import stages
 from train.cluster.allocation import Allocation
+from train.engine.megatron_deepspeed.patches import balanced_stages
 from train.recipe import ModelSettings, PretrainRecipe
 
 
@@ -63,6 +65,11 @@ def _shares(recipe: PretrainRecipe) -> Iterator[str]:
                 " whole share; change one of them."
             )
     yield from stages.problems(parallel.layers_per_stage, layers=model.num_layers, stages=pipeline)
+    if balanced_stages.is_switched_off(os.environ) and (parallel.layers_per_stage or model.num_layers % pipeline):
+        yield (
+            f"TRAIN_DISABLED_PATCHES: without balanced-stages each of the {pipeline} pipeline stages has as many of the"
+            f" {model.num_layers} layers, whole ones: leave the patch on, or change the layout."
+        )
     if parallel.sequence_parallel and model.sequence_length % tensor:
         yield (
             f"--sequence_parallel: --sequence_length {model.sequence_length} / --tensor_parallel_size {tensor} ="

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from itertools import accumulate
 from typing import Any
 
 from train.checkpoint.megatron import stages
-from train.engine.megatron_deepspeed.patches import Patch, Run
+from train.engine.megatron_deepspeed.patches import Patch, Run, disabled_names
+
+
+def is_switched_off(environment: Mapping[str, str]) -> bool:
+    """Whether all stages are to have the same number of layers, as upstream has them."""
+    return PATCH.name in disabled_names(environment)
 
 
 def _apply(run: Run) -> str:
