@@ -10,11 +10,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from train import process
 from train.cluster.allocation import Allocation
 from train.engine import choose
 from train.recipe import PretrainRecipe
+
+if TYPE_CHECKING:
+    from train.planner.layout import Layout
+    from train.planner.memory import Memory
 
 AUTOMATIC = 0
 _ON_A_CPU = 4  # more gains nothing there
@@ -75,7 +80,12 @@ def settle(
         return _with(recipe, size), f"micro batch: {size}, on a CPU"
     if gpu is None:
         return _with(recipe, 1), "micro batch: 1, as nvidia-smi does not tell the GPU's memory"
-    fitting = {size: needed for size, needed in _needs(recipe, engine, allocation, gpu) if needed <= _usable(gpu)}
+    if recipe.parallel.attention == "eager":
+        return _with(recipe, 1), "micro batch: 1, as the plan is not for --attention eager, which keeps all its weights"
+    needs = dict(_needs(recipe, engine, allocation, gpu))
+    if not needs:
+        return _with(recipe, 1), "micro batch: 1, as the plan does not know this layout"
+    fitting = {size: needed for size, needed in needs.items() if needed <= _usable(gpu)}
     if not fitting:
         return _with(recipe, 1), (
             f"micro batch: 1; even that needs more than the {gpu.memory_gib:.0f} GiB of this {gpu.name}, by the plan:"
@@ -127,9 +137,25 @@ def _needs(recipe: PretrainRecipe, engine: str, allocation: Allocation, gpu: Thi
     )
     shape = Shape.of(recipe.model, vocab_size=vocabulary.engine_vocab_size(recipe.data.input_tokenizer_file))
     for found in search(shape, query).fitting:
-        # The transformers engine keeps about twice as much of a layer. With ZeRO-3 it keeps less of the rest.
-        more = 0.0 if is_megatron else found.memory.activations + 2 * found.memory.logits
-        yield found.layout.micro_batch, found.needed_gib + more
+        yield found.layout.micro_batch, found.needed_gib + _unplanned_gib(recipe, engine, found.layout, found.memory)
+
+
+def _unplanned_gib(recipe: PretrainRecipe, engine: str, layout: Layout, planned: Memory) -> float:
+    """What a rank needs more, or less, than the plan says, which is for Megatron-DeepSpeed's compiled layers."""
+    is_megatron = engine == choose.MEGATRON
+    if is_megatron and recipe.model.dropout == 0:
+        return 0.0
+    more = planned.activations + 2 * planned.logits  # layers as they are keep about twice as much
+    if is_megatron:
+        return more
+    zero_stage, elsewhere = recipe.parallel.zero_stage, 1 - 1 / layout.data
+    if zero_stage == 0 and layout.zero_stage:
+        more += planned.optimizer * (layout.data - 1)
+    if zero_stage >= 2:
+        more -= planned.gradients * elsewhere
+    if zero_stage == 3:
+        more -= planned.weights * elsewhere
+    return more
 
 
 def _sequences_per_rank(recipe: PretrainRecipe, engine: str, allocation: Allocation) -> int:

@@ -56,6 +56,28 @@ def test_the_transformers_engine_takes_a_smaller_one(recipe: PretrainRecipe) -> 
     assert settled(recipe, H200, engine="transformers")[0] < settled(recipe, H200)[0]
 
 
+def changed(recipe: PretrainRecipe, part: str, **values: object) -> PretrainRecipe:
+    return dataclasses.replace(recipe, **{part: dataclasses.replace(getattr(recipe, part), **values)})
+
+
+def test_what_zero_spreads_leaves_room(recipe: PretrainRecipe) -> None:
+    gpu, many = ThisGpu("NVIDIA A100-SXM4-40GB", 36.0), ranks(8)
+    sizes = [
+        settled(changed(recipe, "parallel", zero_stage=stage), gpu, engine="transformers", allocation=many)[0]
+        for stage in (0, 1, 3)
+    ]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
+
+
+def test_what_the_plan_is_not_for_is_not_taken_from_it(recipe: PretrainRecipe) -> None:
+    assert settled(changed(recipe, "model", dropout=0.1), H200)[0] < settled(recipe, H200)[0]
+    size, note = settled(changed(recipe, "parallel", attention="eager"), H200)
+    assert size == 1 and "--attention eager" in note
+    across = changed(recipe, "parallel", tensor_parallel_size=2)  # tensor ranks on two nodes
+    size, note = settled(across, H200, allocation=Allocation(("a", "b"), 1, "cuda", ""))
+    assert size == 1 and "does not know this layout" in note
+
+
 @pytest.mark.parametrize(
     ("gpu", "more", "size", "words"),
     [

@@ -85,6 +85,17 @@ def test_tensor_ranks_stay_in_a_node() -> None:
     assert tensor == {1, 2}, "of 16 heads and 6 GPUs"
 
 
+def test_a_node_may_be_used_in_part() -> None:
+    wanted, query, _ = ask("gpt_0.125B", num_gpus=6, global_batch_size=96)
+    tensor = {layout.tensor for layout in layouts(wanted.shape(wanted.recipe()), query)}
+    assert tensor == {1, 2, 3, 6}, "of 12 heads and 6 GPUs of a node of 8"
+
+
+def test_a_large_batch_is_looked_at_no_longer_than_a_small_one() -> None:
+    wanted, query, _ = ask(num_gpus=2, global_batch_size=2**40)
+    assert max(layout.micro_batch for layout in layouts(wanted.shape(wanted.recipe()), query)) == 64
+
+
 def test_the_plan_is_the_golden_one(launch) -> None:
     words = "--model_size gpt_1.3B --num_gpus 4 --gpu h200 --vocab_size 32000 --train_tokens 26B --show 5"
     done = launch("step2_pretrain_model/plan.sh", *words.split())

@@ -106,13 +106,14 @@ def layouts(shape: Shape, query: Query) -> Iterator[Layout]:
     for tensor, pipeline in itertools.product(_sizes(query.tensor, query), _sizes(query.pipeline, query)):
         if query.num_gpus % (tensor * pipeline) or not shares_evenly(shape, tensor, pipeline):
             continue
-        if query.cluster.gpus_per_node % tensor:
+        if min(query.num_gpus, query.cluster.gpus_per_node) % tensor:
             continue  # a group of tensor ranks would stand on two nodes
         data = query.num_gpus // (tensor * pipeline)
         if query.global_batch % data:
             continue
         per_rank = query.global_batch // data
-        micro_batches = (size for size in divisors(per_rank) if size <= (query.micro_batch or _LARGEST_MICRO_BATCH))
+        largest = min(per_rank, query.micro_batch or _LARGEST_MICRO_BATCH)
+        micro_batches = (size for size in range(1, largest + 1) if per_rank % size == 0)
         for micro_batch, zero_stage, split, recompute in itertools.product(
             micro_batches, zero_stages, (False, True), (False, True)
         ):
