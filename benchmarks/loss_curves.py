@@ -30,7 +30,9 @@ _STYLE = (
     "text{font:12px sans-serif;fill:#444}polyline{fill:none;stroke-width:1.2}.grid{stroke:#ddd}"
     ".chart{background:#fff}circle{display:none}"
 )
-_PATCHES_FOR_SPEED = "compiled-fusions,compiled-layers,fused-cross-entropy,gradient-accumulation"
+_PATCHES_FOR_SPEED = (
+    "compiled-fusions,compiled-layers,fused-cross-entropy,gradient-accumulation,gradient-reduction,last-outputs"
+)
 _SMOOTHED_STEPS = 25
 
 
@@ -49,6 +51,7 @@ class LossCurveSettings:
     )
     switched_off: str = setting(_PATCHES_FOR_SPEED, help="patches that the second run trains without")
     gpus: tuple[str, ...] = setting((), help="a GPU number for each of the two, which then run side by side")
+    timeout_s: float = setting(24 * 3600.0, help="give a run up after so long")
     largest_difference_percent: float = setting(0.5, help="of the mean loss of the last 50 steps; more is a failure")
     dry_run: bool = setting(False, help="print the commands", flag_only=True)
 
@@ -158,7 +161,7 @@ def _command(settings: LossCurveSettings, number: int, name: str) -> process.Com
 
 
 def _run(settings: LossCurveSettings, name: str, command: process.Command) -> list[float]:
-    code, said = process.capture(command)
+    code, said = process.capture(command, timeout_s=settings.timeout_s)
     outputs.write_text(settings.output_dir / f"{name}.log", said)
     if code != 0:
         last = "\n".join(said.strip().splitlines()[-5:])

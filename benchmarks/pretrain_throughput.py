@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from train import cli, outputs, process
+from train.errors import UserError
 from train.model_sizes import MODEL_SIZES
 from train.settings import setting
 
@@ -66,6 +67,10 @@ def flops_per_token(model_size: str, sequence_length: int) -> tuple[float, float
 
 def measure(settings: ThroughputSettings) -> int:
     """Runs every case and prints a Markdown table; results.json keeps the numbers."""
+    if settings.steps <= settings.warm_up_steps:
+        raise UserError(
+            f"--steps {settings.steps} --warm_up_steps {settings.warm_up_steps}: no step is left to count; take more."
+        )
     data = settings.output_dir / "data"
     commands = [_command(settings, data, case) for case in settings.cases]
     if settings.dry_run:

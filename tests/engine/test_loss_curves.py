@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import random
 import re
 import sys
@@ -9,7 +10,9 @@ from types import ModuleType
 
 import pytest
 
+from train.engine.megatron_deepspeed import patches
 from train.errors import UserError
+from train.process import Command
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +61,28 @@ def test_the_plot_is_a_file_of_its_own(loss_curves: ModuleType) -> None:
     assert drawn.startswith("<svg xmlns=") and drawn.rstrip().endswith("</svg>")
     assert re.findall(r'data-name="(\w+)"', drawn) == ["patched", "unpatched"]
     assert ">patched</text>" in drawn and ">unpatched</text>" in drawn
+
+
+def test_both_runs_have_their_time_and_their_patches(
+    loss_curves: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    commands = []
+
+    def capture(command: Command, *, timeout_s: float = 60.0) -> tuple[int, str]:
+        commands.append(command)
+        assert timeout_s > 3600, "500 steps take longer than a minute"
+        folder = Path(command.argv[command.argv.index("--output_model_dir") + 1])
+        (folder / "checkpoint").mkdir(parents=True)
+        (folder / "metrics").mkdir()
+        (folder / "metrics" / "run.jsonl").write_text("".join(json.dumps({"loss": loss}) + "\n" for loss in curve(20)))
+        return 0, ""
+
+    monkeypatch.setattr(loss_curves.process, "capture", capture)
+    words = ["--input_tokenizer_file", "t.model", "--data_path", "d", "--output_dir", str(tmp_path), "--steps", "20"]
+    assert loss_curves.main(words) == 0
+    patched, unpatched = commands
+    switched_off = patches.disabled_names(unpatched.environment)  # all are names of patches
+    assert {"compiled-layers", "gradient-reduction"} <= switched_off and not patches.disabled_names(patched.environment)
 
 
 def test_what_is_asked_wrongly_is_told_at_once(loss_curves: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
