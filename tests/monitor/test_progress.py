@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from train.monitor import progress
 from train.monitor.progress import Progress
 
@@ -19,6 +21,23 @@ def test_a_report_is_one_line_and_one_object(tmp_path, capsys):
     assert first.pop("tokens_per_second") > 0
     assert first == {"step": 50, "tokens": 50000, "loss": 3.5, "lr": 1e-3, "grad_norm": 0.5}
     assert second == {"step": 50, "tokens": 50000, "eval_loss": 0.0, "eval_perplexity": 1.0}
+
+
+@pytest.mark.parametrize("what", ["a save", "an evaluation"])
+def test_between_two_lines_neither_time_nor_steps_of_a_pause_count(tmp_path, monkeypatch, what):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    reporter = Progress(tmp_path / "run.jsonl", total_steps=200, tokens_per_step=1000)
+    now[0] += 10  # 5 steps, 500 tokens a second
+    now[0] += 60
+    if what == "a save":
+        reporter.pause(5)
+    else:
+        reporter.evaluation(5, loss=1.0)
+    now[0] += 10
+    reporter.train(10, loss=3.5, lr=1e-3, grad_norm=None)
+    last = json.loads((tmp_path / "run.jsonl").read_text().splitlines()[-1])
+    assert last["tokens_per_second"] == 500
 
 
 def test_a_huge_loss_has_an_infinite_perplexity(tmp_path):

@@ -61,11 +61,11 @@ class Progress:
         """Reports the loss on held-out documents, and its exponential: the perplexity per token."""
         tokens = step * self._tokens_per_step
         append(self._metrics, {"step": step, "tokens": tokens, **show_evaluation(step, loss)})
-        self._last_time = time.monotonic()  # an evaluation's time is not training's
+        self.pause(step)
 
-    def pause(self) -> None:
-        """Tells that time was spent on something else than training, such as saving."""
-        self._last_time = time.monotonic()
+    def pause(self, step: int) -> None:
+        """Tells that something else than training, such as saving, took time after `step`: speed counts from here."""
+        self._last_step, self._last_time = step, time.monotonic()
 
 
 def peak_gpu_memory_gib() -> float | None:

@@ -151,4 +151,4 @@ class ProgressCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._progress is not None:
             print(f"step {state.global_step:,}: saved {self._run_folder.step_dir(state.global_step)}", flush=True)
-            self._progress.pause()
+            self._progress.pause(state.global_step)

@@ -96,10 +96,10 @@ def _apply(run: Run) -> str:
     save = training.save_checkpoint_and_time
 
     @functools.wraps(save)
-    def save_and_pause(*others: Any, **options: Any) -> Any:
-        result = save(*others, **options)
+    def save_and_pause(step: int, *others: Any, **options: Any) -> Any:
+        result = save(step, *others, **options)
         for line in lines:
-            line.pause()  # the time of a save is not training's
+            line.pause(step)  # the time of a save is not training's
         return result
 
     training.save_checkpoint_and_time = save_and_pause
