@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from train import process, settings, step_recipe
+from train import micro_batch, process, settings, step_recipe
 from train.cluster import allocation, submission, submit
 from train.cluster.job_folder import JobFolder, JobRecord
 from train.cluster.settings import SCHEDULERS, ClusterSettings
@@ -95,7 +95,8 @@ def _build_submission(step: Step, recipe: StepRecipe, scheduler: str, required: 
     if isinstance(step.settings, PretrainRecipe):
         parallel = step.settings.parallel
         where = allocation.of_job(job, num_processes=parallel.num_processes, device=parallel.device)
-        choose.choose(step.settings, where)  # refuses a batch or layout that does not fit the job's nodes
+        # refuses a batch or layout that does not fit the job's nodes
+        choose.choose(micro_batch.open_to_one(step.settings), where)
     if step.kind.trains:
         return submission.prepare(
             SCRIPTS / step.kind.script, settings.to_yaml(step.settings), job, folder,

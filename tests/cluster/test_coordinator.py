@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from small_cluster import wait_until  # type: ignore[import-not-found]
 
+from train import start_times
 from train.cluster import coordinator as coordinators
 from train.cluster.channel import Channel, ChannelError, connect
 from train.cluster.coordinator import Coordinator, Failure, Job
@@ -90,7 +91,9 @@ def test_each_node_is_told_its_place_once_all_have_come(play):
     assert [(order["node_rank"], order["peer"]) for order in orders] == [(0, "127.0.0.1"), (1, "127.0.0.1")]
     for order in orders:
         assert (order["master_address"], order["master_port"], order["nodes"]) == ("127.0.0.1", 20001, 2)
-        assert (order["argv"], order["environment"]) == (["python"], {"A": "1"})
+        environment = dict(order["environment"])
+        assert 0 < time.time() - float(environment.pop(start_times.BEGAN_VARIABLE)) < 24 * 3600
+        assert (order["argv"], environment) == (["python"], {"A": "1"})
     ended(first, second)
     assert play.over() is None
     assert hear(first, "over")["status"] == hear(second, "over")["status"] == 0
