@@ -20,6 +20,7 @@ from train.errors import refuse
 from train.evaluate.questions import Question
 from train.finetune.prompt_notation import INPUT, INSTRUCTION
 from train.finetune.record_formats import QuestionFields, Reading, parse_question
+from train.finetune.record_turns import turns_without_end
 from train.generate.prompts import Prompt
 
 # A field as a prompt template's chat template has it; texts of the template cannot look so, their quotes are escaped.
@@ -67,10 +68,7 @@ class Asking:
 
     def _prompt(self, question: Question, reading: Reading, *, has_template: bool, end: str | None) -> Prompt:
         form, messages, _ = parse_question(question.record, reading)
-        turns = tuple(
-            {**one.as_dict(), "content": without_end(one.content, end)} if one.role == "assistant" else one.as_dict()
-            for one in messages
-        )
+        turns = tuple(turns_without_end([one.as_dict() for one in messages], end))
         if has_template:
             return Prompt(turns[-1]["content"], turns)
         if form == "squad" and self.raw_template is not None and (question.record.get("context") or "").strip():
@@ -95,8 +93,3 @@ def fields_of(chat_template: str | None) -> QuestionFields | None:
     if not others and chat_template and _TAKES_INPUT.search(chat_template):
         others = (INPUT,)
     return _Fields(INSTRUCTION, (INSTRUCTION, *others)) if others else None
-
-
-def without_end(text: str, end: str | None) -> str:
-    """An answer without the end token that llm-jp-sft texts carry; the chat template writes it."""
-    return text.removesuffix(end) if end else text

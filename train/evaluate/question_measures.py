@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from train.evaluate import exact_match, squad
-from train.evaluate.asking import Asking, without_end
+from train.evaluate.asking import Asking
 from train.evaluate.measure import Measure, Taken, chosen
 from train.evaluate.questions import Question
 from train.evaluate.questions import read as read_questions
 from train.evaluate.settings import EvaluateSettings
 from train.finetune.record_formats import Reading
+from train.finetune.record_turns import without_end
 
 
 def of_squad(settings: EvaluateSettings, file: Path, name: str) -> Measure:

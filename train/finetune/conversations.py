@@ -39,7 +39,7 @@ class Conversation:
 
     def as_dicts(self) -> list[dict[str, str]]:
         """The form chat templates take."""
-        return [{"role": message.role, "content": message.content, **dict(message.fields)} for message in self.messages]
+        return [message.as_dict() for message in self.messages]
 
 
 def read_conversations(

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 from train.finetune.conversations import Conversation
+from train.finetune.record_turns import turns_without_end
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 
@@ -85,7 +86,7 @@ def encode(tokenizer: Any, conversations: Sequence[Conversation]) -> list[Exampl
     """The examples of some conversations, rendered by the tokenizer's chat template."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    chats = [_without_end_token(conversation.as_dicts(), tokenizer.eos_token) for conversation in conversations]
+    chats = [turns_without_end(conversation.as_dicts(), tokenizer.eos_token) for conversation in conversations]
     rendered: Any = render_jinja_template(
         conversations=chats,
         chat_template=tokenizer.chat_template,
@@ -159,13 +160,3 @@ def _shared(prefix: Sequence[int], ids: Sequence[int]) -> int:
     if prefix == ids[: len(prefix)]:
         return len(prefix)
     return next(n for n, (one, other) in enumerate(zip(prefix, [*ids, None], strict=False)) if one != other)
-
-
-def _without_end_token(messages: list[dict[str, str]], eos_token: str) -> list[dict[str, str]]:
-    """llm-jp-sft texts carry their end token; the chat template writes it, and twice would teach to say it twice."""
-    return [
-        {**message, "content": message["content"].removesuffix(eos_token)}
-        if message["role"] == "assistant"
-        else message
-        for message in messages
-    ]

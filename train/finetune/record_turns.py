@@ -8,7 +8,7 @@ Each way to write them in a record becomes messages here; `train.finetune.record
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,18 @@ class Message:
     def as_dict(self) -> dict[str, str]:
         """The form chat templates take."""
         return {"role": self.role, "content": self.content, **dict(self.fields)}
+
+
+def without_end(text: str, end: str | None) -> str:
+    """An answer without the end token that llm-jp-sft texts carry: the chat template writes it again."""
+    return text.removesuffix(end) if end else text
+
+
+def turns_without_end(turns: Iterable[dict[str, str]], end: str | None) -> list[dict[str, str]]:
+    """Turns as chat templates take them, each answer without its end token: twice would teach to say it twice."""
+    return [
+        turn | {"content": without_end(turn["content"], end)} if turn["role"] == "assistant" else turn for turn in turns
+    ]
 
 
 def from_list(turns: Any, *, key: str, role_key: str = "role", text_key: str = "content") -> list[Message]:
