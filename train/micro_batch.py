@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from train import process
 from train.cluster.allocation import Allocation
 from train.engine import choose
+from train.planner import calibration
 from train.recipe import PretrainRecipe
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 AUTOMATIC = 0
 _ON_A_CPU = 4  # more gains nothing there
-_FREE = 0.04  # of the memory, for what the prediction does not see
 _KINDS = {"H200": "h200", "H100": "h100", "A100": "a100_80"}
 
 
@@ -170,7 +170,7 @@ def _largest(number: int, limit: int) -> int:
 
 
 def _usable(gpu: ThisGpu) -> float:
-    return gpu.memory_gib * (1 - _FREE)
+    return gpu.memory_gib * (1 - calibration.HEADROOM)
 
 
 def _with(recipe: PretrainRecipe, size: int) -> PretrainRecipe:

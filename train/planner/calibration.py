@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 # --- memory ---
+HEADROOM = 0.04  # of a GPU's memory, kept free for what the prediction does not see
 LOGITS_KEPT = 1  # of the last stage's micro batches; without the patch last-outputs they are two
 RESERVED_OVER_ALLOCATED = 1.02  # estimated: gpu_memory_gib is what the allocator reserved, with expandable segments
 LIBRARIES_GIB = 0.3  # estimated: workspaces of cuBLAS and cuDNN, which come from torch's allocator

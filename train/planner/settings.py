@@ -13,6 +13,7 @@ from typing import Any
 
 from train import settings
 from train.errors import UserError
+from train.planner import calibration
 from train.planner.gpus import GPUS
 from train.planner.model import Shape
 from train.planner.speed import Cluster
@@ -30,7 +31,7 @@ class PlanSettings:
     num_gpus: int = setting(help="GPUs of the run, over all nodes")
     gpu: str = setting("h200", help="kind of GPU", choices=tuple(GPUS))
     gpu_memory_gib: float | None = setting(None, help="memory of one GPU in GiB; the kind's own when not given")
-    memory_headroom: float = setting(0.04, help="part of the memory that is to stay free")
+    memory_headroom: float = setting(calibration.HEADROOM, help="part of the memory that is to stay free")
     gpus_per_node: int = setting(8, help="GPUs of one node; tensor ranks stay in it")
     network_gb_s: float | None = setting(
         None, help="network from one GPU to another node in GB/s, one direction; that of the maker's systems when not"

@@ -30,13 +30,12 @@ def enter(stream: Any, norm: Any, norm_bias: Any, epsilon: float) -> tuple[Any, 
     return stream[:, :half], stream[:, half:], normal[:, :half].contiguous(), normal[:, half:].contiguous()
 
 
-def leave(streams: Sequence[Any], outputs: Sequence[Any], bias: Any) -> Any:
-    """The whole batch after the layer."""
+def leave(first: Any, second: Any, first_output: Any, second_output: Any, bias: Any) -> Any:
+    """The whole batch after the layer, from the halves' streams and outputs."""
     import torch
 
-    return torch.cat(
-        [transformer_layer.add(output, bias, stream) for stream, output in zip(streams, outputs, strict=True)], dim=1
-    )
+    halves = ((first, first_output), (second, second_output))
+    return torch.cat([transformer_layer.add(output, bias, stream) for stream, output in halves], dim=1)
 
 
 class Piece:
@@ -109,13 +108,9 @@ class InHalves:
         """The function that computes a layer, as `transformer_layer.whole` does, for batches of an even size."""
         import torch
 
-        schedule = _Schedule(
-            self.exchanges,
-            *map(
-                self.compile,
-                (enter, _attention, transformer_layer.add_and_normalise, _mlp, _leave_halves),
-            ),
-        )
+        layer = transformer_layer
+        parts = (enter, layer.attention_part, layer.add_and_normalise, layer.mlp_part, leave)
+        schedule = _Schedule(self.exchanges, *map(self.compile, parts))
 
         class Layer(torch.autograd.Function):
             @staticmethod
@@ -129,18 +124,6 @@ class InHalves:
                 return schedule.backward(pieces, gradients[0]), None, None, None, None
 
         return Layer.apply
-
-
-def _attention(values: Any, weights: LayerWeights, cosine: Any, sine: Any, shape: LayerShape) -> Any:
-    return transformer_layer.attention_part(values, weights, cosine, sine, shape)
-
-
-def _mlp(values: Any, weights: LayerWeights, shape: LayerShape) -> Any:
-    return transformer_layer.mlp_part(values, weights, shape)
-
-
-def _leave_halves(first: Any, second: Any, first_output: Any, second_output: Any, bias: Any) -> Any:
-    return leave((first, second), (first_output, second_output), bias)
 
 
 @dataclass(frozen=True)
