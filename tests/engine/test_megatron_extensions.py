@@ -6,6 +6,7 @@ backend writes a wheel with modules of the same names; git, pip, wheel, environm
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import os
 import re
@@ -40,7 +41,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The cache of wheels, empty, on a machine without GPUs of its own."""
     monkeypatch.setattr(checkout, "PROJECT_ROOT", tmp_path / "project")
     monkeypatch.setattr(cuda_toolchain, "compute_capabilities", lambda: ())
-    for name in ("MAX_JOBS", "FLASH_ATTN_CUDA_ARCHS"):
+    monkeypatch.setattr(cuda_toolchain, "package_headers", lambda: ())
+    for name in ("MAX_JOBS", "FLASH_ATTN_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST", "CPATH"):
         monkeypatch.delenv(name, raising=False)
     return checkout.extensions_dir()
 
@@ -51,6 +53,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ({"torch": "2.12.0+cpu", "torch_cuda": None}, r"torch 2\.12\.0\+cpu is a build without CUDA.*get-started"),
         ({"cuda_home": None, "nvcc": None}, r"no CUDA toolkit: nvcc is not on the PATH.*toolkit of CUDA 13\.0"),
         ({"nvcc": None}, r"/opt/cuda/bin/nvcc does not run: point CUDA_HOME at"),
+        ({"has_headers": False}, r"/opt/cuda has an nvcc but no include/cuda_runtime\.h.*set CUDA_HOME to the toolkit"),
         ({"nvcc": "12.8"}, r"nvcc in /opt/cuda is of CUDA 12\.8, torch 2\.12\.0\+cu130 of CUDA 13\.0"),
     ],
 )
@@ -98,7 +101,12 @@ def test_nvcc_is_asked_for_its_version(tmp_path: Path, monkeypatch: pytest.Monke
     answer = f'print("a warning")\nprint(\'["2.12.0+cu130", "13.0", "{tmp_path}"]\')'
     monkeypatch.setattr(cuda_toolchain, "_ASK_TORCH", answer)
     nvcc.chmod(0o755)
-    assert cuda_toolchain.read_toolchain() == Toolchain("2.12.0+cu130", "13.0", str(tmp_path), "13.0")
+    assert cuda_toolchain.read_toolchain() == Toolchain("2.12.0+cu130", "13.0", str(tmp_path), "13.0", False)
+    for folder in (tmp_path / "include", tmp_path / "targets" / "x86_64-linux" / "include"):
+        folder.mkdir(parents=True)
+        (folder / "cuda_runtime.h").touch()
+        assert cuda_toolchain.read_toolchain().has_headers
+        (folder / "cuda_runtime.h").unlink()
     nvcc.write_text("#!/bin/sh\nexit 1\n")
     assert cuda_toolchain.read_toolchain().nvcc is None
     nvcc.unlink()
@@ -106,6 +114,53 @@ def test_nvcc_is_asked_for_its_version(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(cuda_toolchain, "_ASK_TORCH", "import torch_not_there")
     with pytest.raises(UserError, match=r"torch does not import in .*No module named 'torch_not_there'"):
         cuda_toolchain.read_toolchain()
+
+
+def test_apex_is_built_for_the_gpus_here_and_several_modules_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def environment() -> dict[str, str]:
+        return dict(extension_build.wheel_command(APEX, "source", Path("folder")).environment)
+
+    assert not {"TORCH_CUDA_ARCH_LIST", "CPATH"} & set(environment())
+    monkeypatch.setattr(cuda_toolchain, "compute_capabilities", lambda: ("8.6", "9.0"))
+    monkeypatch.setattr(cuda_toolchain, "package_headers", lambda: ("/packages/include",))
+    monkeypatch.setenv("MAX_JOBS", "32")
+    found = environment()
+    assert found["TORCH_CUDA_ARCH_LIST"] == "8.6;9.0" and found["CPATH"] == "/packages/include"
+    assert (found["APEX_PARALLEL_BUILD"], found["MAX_JOBS"]) == ("9", "16")  # 16 and 8 x 2 files: 32 compilers
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "10.0")
+    monkeypatch.setenv("CPATH", "/mine")
+    monkeypatch.setenv("MAX_JOBS", "3")
+    found = environment()
+    assert found["TORCH_CUDA_ARCH_LIST"] == "10.0" and found["CPATH"] == f"/mine{os.pathsep}/packages/include"
+    assert found["MAX_JOBS"] == "3" and "APEX_PARALLEL_BUILD" not in found
+    flash = extension_build.wheel_command(FLASH_ATTN, "source", Path("folder")).environment
+    assert "TORCH_CUDA_ARCH_LIST" not in flash and "APEX_PARALLEL_BUILD" not in flash
+
+
+def test_headers_of_the_cuda_libraries_are_found_in_torchs_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    spec = importlib.machinery.ModuleSpec("nvidia", None, is_package=True)
+    spec.submodule_search_locations = [str(tmp_path)]
+    monkeypatch.setattr(cuda_toolchain.importlib.util, "find_spec", lambda _name: spec)
+    assert cuda_toolchain.package_headers() == ()
+    for package, name in (("cublas", "cublas_v2.h"), ("cusparse", "cusparse.h"), ("nccl", "nccl.h")):
+        (tmp_path / package / "include").mkdir(parents=True)
+        (tmp_path / package / "include" / name).touch()
+    assert cuda_toolchain.package_headers() == tuple(
+        str(tmp_path / name / "include") for name in ("cublas", "cusparse")
+    )
+    monkeypatch.setattr(cuda_toolchain.importlib.util, "find_spec", lambda _name: None)
+    assert cuda_toolchain.package_headers() == ()
+
+
+def test_the_first_error_is_told_not_pips_own() -> None:
+    pip = ["  error: subprocess-exited-with-error", "  ERROR: Failed building wheel for apex"]
+    why = "      x.h:10:10: fatal error: cusparse.h: No such file or directory"
+    assert extension_build.first_error([*pip[:1], "note", why, "  error: command 'g++' failed", *pip]) == why.strip()
+    assert extension_build.first_error(["/usr/bin/ld: cannot find -lcudart"]) == "/usr/bin/ld: cannot find -lcudart"
+    assert extension_build.first_error(pip) == ""
 
 
 @pytest.mark.slow
@@ -297,10 +352,10 @@ def test_built_installed_killed_and_broken_with_a_real_pip(tmp_path: Path) -> No
     killed = there.install(PLAN="kill")
     assert killed.returncode == -signal.SIGKILL
     assert not (there.packages / "apex").exists()
-    done = there.install(MAX_JOBS="7")
+    done = there.install(MAX_JOBS="3")
     assert done.returncode == 0 and "apex " in done.stdout and "built and installed" in done.stdout, done.stderr
     assert there.cache() == [".log", "folder"]  # nothing of the killed one is left
-    assert (there.packages / "amp_C.py").read_text() == "JOBS = '7'"
+    assert (there.packages / "amp_C.py").read_text() == "JOBS = '3'"
 
     again = there.install(PLAN="fail")  # which a build would do
     assert "apex 0.1 is already installed: left as it is" in again.stdout and again.returncode == 0

@@ -6,6 +6,7 @@ problems = list(misfits(found, "--with_apex", same_minor=True))
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -25,6 +26,9 @@ import json, torch
 from torch.utils.cpp_extension import CUDA_HOME
 print(json.dumps([torch.__version__, torch.version.cuda, CUDA_HOME]))
 """
+_HEADER = "cuda_runtime.h"
+# torch's headers include these of the CUDA libraries, which a toolkit may lack and torch's own packages bring
+_LIBRARY_HEADERS = ("cusparse.h", "cublas_v2.h", "cusolverDn.h")
 _WITHOUT = "or leave {option} out: torch's own kernels stand in."
 
 
@@ -37,12 +41,14 @@ class Toolchain:
         torch_cuda: the CUDA version that torch was built for; None for a build without CUDA.
         cuda_home: the toolkit that torch's extension builder takes; None when it finds none.
         nvcc: the toolkit's version, such as 13.0; None when its nvcc is missing or does not say.
+        has_headers: whether the toolkit's own headers lie in that folder.
     """
 
     torch: str
     torch_cuda: str | None
     cuda_home: str | None
     nvcc: str | None
+    has_headers: bool = True
 
 
 def read_toolchain() -> Toolchain:
@@ -56,11 +62,13 @@ def read_toolchain() -> Toolchain:
     if code != 0:
         raise UserError(f"torch does not import in {sys.executable}: {last_line}; install the requirements first.")
     torch, torch_cuda, cuda_home = json.loads(last_line)
-    release = None
+    release, has_headers = None, True
     if cuda_home is not None:
+        home = Path(cuda_home)
+        has_headers = any((home / "include").glob(_HEADER)) or any(home.glob(f"targets/*/include/{_HEADER}"))
         code, text = process.capture(process.Command((str(Path(cuda_home) / "bin" / "nvcc"), "--version")))
         release = parse_nvcc_release(text) if code == 0 else None
-    return Toolchain(torch, torch_cuda, cuda_home, release)
+    return Toolchain(torch, torch_cuda, cuda_home, release, has_headers)
 
 
 def parse_nvcc_release(text: str) -> str | None:
@@ -96,6 +104,12 @@ def misfits(toolchain: Toolchain, option: str, *, same_minor: bool) -> Iterator[
             f" {wanted} (a runtime-only one has no nvcc), {without}"
         )
         return
+    if not toolchain.has_headers:
+        yield (
+            f"{option}: {toolchain.cuda_home} has an nvcc but no include/{_HEADER}, as where its nvcc only calls"
+            f" another one: set CUDA_HOME to the toolkit of CUDA {wanted} itself, such as /usr/local/cuda, {without}"
+        )
+        return
     parts = 2 if same_minor else 1
     if toolchain.nvcc.split(".")[:parts] != wanted.split(".")[:parts]:
         yield (
@@ -103,6 +117,14 @@ def misfits(toolchain: Toolchain, option: str, *, same_minor: bool) -> Iterator[
             f" {wanted}, and {'the build wants equal ones' if same_minor else 'the major versions must be equal'}: set"
             f" CUDA_HOME to a toolkit of CUDA {wanted}, install a torch for CUDA {toolchain.nvcc}, {without}"
         )
+
+
+def package_headers() -> tuple[str, ...]:
+    """Folders with the CUDA libraries' headers that came with a torch from PyPI; compilers look there last."""
+    found = importlib.util.find_spec("nvidia")
+    roots = [Path(root) for root in found.submodule_search_locations or ()] if found else []
+    folders = {file.parent for root in roots for name in _LIBRARY_HEADERS for file in root.glob(f"*/include/{name}")}
+    return tuple(str(folder) for folder in sorted(folders))
 
 
 def parallel_jobs(*, cores: int, free_gib: float, gib_per_job: float) -> int:

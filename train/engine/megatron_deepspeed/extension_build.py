@@ -13,6 +13,7 @@ import re
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -50,10 +51,13 @@ def wheel_command(extension: Extension, source: str, folder: Path) -> process.Co
         gib_per_job=extension.gib_per_job,
     )
     environment = {**dict(extension.environment), "TMPDIR": str(folder)}
-    environment["MAX_JOBS"] = os.environ.get("MAX_JOBS", str(jobs))
+    environment |= _jobs(extension, os.environ.get("MAX_JOBS", str(jobs)))
     architectures = _architectures(extension)
     if architectures:
-        environment[str(extension.architectures_variable)] = architectures
+        environment[extension.architectures_variable] = architectures
+    headers = cuda_toolchain.package_headers()
+    if headers:
+        environment["CPATH"] = os.pathsep.join(filter(None, (os.environ.get("CPATH"), *headers)))
     pip = (sys.executable, "-m", "pip", "wheel", "--disable-pip-version-check", "--no-input")
     options = ("--no-deps", "--no-build-isolation", "--no-cache-dir", "--no-binary", extension.name)
     return process.Command((*pip, *options, "--wheel-dir", str(folder), source), environment)
@@ -131,8 +135,8 @@ def _run(command: process.Command, log: Path, failed: str) -> None:
     code = process.run(command, log=log)
     if code == 0:
         return
-    tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
-    text = "\n".join(tail)
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    text = "\n".join(lines[-_TAIL_LINES:])
     hint = ""
     if code == 137 or re.search(r"Killed|signal 9", text):
         hint = " A compiler was killed, as when memory is full: set MAX_JOBS lower than it was."
@@ -141,15 +145,33 @@ def _run(command: process.Command, log: Path, failed: str) -> None:
             " Without a network, name a downloaded source archive (NAME.tar.gz) with --flash_attn_source, or a clone"
             " with --apex_source."
         )
-    raise UserError(f"{failed}: exit code {code}.{hint} The whole log is {log}; it ends:\n{text}")
+    first = first_error(lines)
+    raise UserError(
+        f"{failed}: exit code {code}.{hint}{f' First error: {first}.' if first else ''} The whole log is {log}; it"
+        f" ends:\n{text}"
+    )
+
+
+def first_error(lines: Sequence[str]) -> str:
+    """The first line in which a compiler or linker says what is wrong, which pip follows with many more; else ""."""
+    says_why = re.compile(r"\berror: (?!subprocess-exited|command )|cannot find -l")
+    return next((line.strip() for line in lines if says_why.search(line)), "")
+
+
+def _jobs(extension: Extension, jobs: str) -> dict[str, str]:
+    """How many compilers run at once, `jobs` in all: half for the largest module, two for each of the others' files."""
+    others = int(jobs) // 4 if extension.parallel_variable and jobs.isdigit() else 0
+    if others == 0:
+        return {"MAX_JOBS": jobs}
+    return {"MAX_JOBS": str(int(jobs) - 2 * others), str(extension.parallel_variable): str(1 + others)}
 
 
 def _architectures(extension: Extension) -> str:
-    """Of this machine's GPUs, as FlashAttention names them; "" leaves the choice to the build."""
-    variable = extension.architectures_variable
-    if variable is None:
-        return ""
+    """Of this machine's GPUs, as torch or FlashAttention names them; "" leaves the choice to the build."""
+    variable, here = extension.architectures_variable, cuda_toolchain.compute_capabilities()
     if variable in os.environ:
         return os.environ[variable]
-    names = (f"{one.partition('.')[0]}0" for one in cuda_toolchain.compute_capabilities())  # 8.0 runs on all 8.x
+    if variable == "TORCH_CUDA_ARCH_LIST":
+        return ";".join(here)
+    names = (f"{one.partition('.')[0]}0" for one in here)  # 8.0 runs on all 8.x
     return ";".join(dict.fromkeys(name for name in names if name in _FLASH_ARCHITECTURES))

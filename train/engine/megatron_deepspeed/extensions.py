@@ -36,7 +36,8 @@ class Extension:
         gib_per_job: memory that one of its compilers takes.
         same_cuda_minor: whether its setup.py insists on nvcc and torch of the very same CUDA version.
         below_torch: the first torch (major, minor) that the pinned version does not compile with; None: none known.
-        architectures_variable: the variable that limits it to some GPUs; None: it finds them through torch.
+        architectures_variable: the variable that limits it to some GPUs.
+        parallel_variable: the variable by which its setup.py compiles several of its modules at once; None: it has one.
     """
 
     name: str
@@ -48,8 +49,9 @@ class Extension:
     environment: tuple[tuple[str, str], ...]
     gib_per_job: float
     same_cuda_minor: bool
+    architectures_variable: str
     below_torch: tuple[int, int] | None = None
-    architectures_variable: str | None = None
+    parallel_variable: str | None = None
 
 
 # The newest commit that was read (2026-07-08): the last tag, 25.09, calls tensor methods that torch has dropped since.
@@ -63,6 +65,8 @@ APEX = Extension(
     environment=(("APEX_CPP_EXT", "1"), ("APEX_CUDA_EXT", "1")),
     gib_per_job=4.0,
     same_cuda_minor=True,  # setup.py: check_cuda_torch_binary_vs_bare_metal
+    architectures_variable="TORCH_CUDA_ARCH_LIST",  # without it, and without a GPU that torch sees, it takes seven
+    parallel_variable="APEX_PARALLEL_BUILD",
 )
 # Of its GPUs' kernels each machine needs one kind; all four take four times as long. 9 GiB per job is setup.py's own
 # figure, with four threads in each nvcc. Compiled as C++17, which torch 2.14's headers refuse.
