@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Whether the patches for speed change what a model learns: the same run with and without them, step by step, plotted.
+"""Whether the patches for speed, or other flags, change what a model learns: a run with and without them, plotted.
 
 Both runs go through the launcher that users call, with the same seed and the same data (real text: give the tokens of
 your own, or those of `make demo`). The verdict goes by means over the last steps, as single steps differ by rounding.
@@ -7,6 +7,7 @@ your own, or those of `make demo`). The verdict goes by means over the last step
 
 from __future__ import annotations
 
+import html
 import itertools
 import json
 import re
@@ -15,7 +16,7 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,38 +51,74 @@ class LossCurveSettings:
         help="further flags of pretrain.sh for both runs, in one text",
     )
     switched_off: str = setting(_PATCHES_FOR_SPEED, help="patches that the second run trains without")
+    other_flags: str = setting(
+        "",
+        help="further flags of pretrain.sh for the second run, such as '--float8 True'; both then have all patches",
+    )
     gpus: tuple[str, ...] = setting((), help="a GPU number for each of the two, which then run side by side")
     timeout_s: float = setting(24 * 3600.0, help="give a run up after so long")
     largest_difference_percent: float = setting(0.5, help="of the mean loss of the last 50 steps; more is a failure")
     dry_run: bool = setting(False, help="print the commands", flag_only=True)
 
 
+@dataclass(frozen=True)
+class Curve:
+    """One of the two runs.
+
+    Attributes:
+        name: how the plot calls it.
+        label: how files, folders and numbers call it.
+        flags: what it is given more than the other.
+        environment: variables of its own.
+    """
+
+    name: str
+    label: str
+    flags: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def curves(settings: LossCurveSettings) -> tuple[Curve, Curve]:
+    """The two runs in the order in which they are started."""
+    if settings.other_flags:
+        return Curve("defaults", "defaults"), Curve(settings.other_flags, "other_flags", settings.other_flags)
+    switched_off = {"TRAIN_DISABLED_PATCHES": settings.switched_off}
+    return Curve("patched", "patched"), Curve("unpatched", "unpatched", environment=switched_off)
+
+
 def compare(settings: LossCurveSettings) -> int:
     """Runs both, prints the comparison, writes loss_curves.json and loss_curves.svg; 1 when they differ too much."""
     refuse(_problems(settings))
-    names = ("patched", "unpatched")
-    commands = [_command(settings, number, name) for number, name in enumerate(names)]
+    pair = curves(settings)
+    commands = [_command(settings, number, curve) for number, curve in enumerate(pair)]
     if settings.dry_run:
         for command in commands:
             print(command.text())
         return 0
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(max_workers=2 if settings.gpus else 1) as pool:
-        losses = dict(
-            zip(names, pool.map(lambda pair: _run(settings, *pair), zip(names, commands, strict=True)), strict=True)
-        )
-    found = difference(losses["patched"], losses["unpatched"])
-    outputs.write_text(settings.output_dir / "loss_curves.json", json.dumps({**found, "losses": losses}) + "\n")
-    outputs.write_text(settings.output_dir / "loss_curves.svg", plot(settings.model_size, losses))
+        losses = list(pool.map(lambda number: _run(settings, pair[number].label, commands[number]), range(2)))
+    named = {curve.name: values for curve, values in zip(pair, losses, strict=True)}
+    tried = 1 if settings.other_flags else 0
+    found = difference(losses[tried], losses[1 - tried], labels=(pair[tried].label, pair[1 - tried].label))
+    outputs.write_text(settings.output_dir / "loss_curves.json", json.dumps({**found, "losses": named}) + "\n")
+    outputs.write_text(settings.output_dir / "loss_curves.svg", plot(settings.model_size, named))
     print(f"{settings.model_size}, {settings.steps} steps, {settings.flags}")
-    print(f"without: {settings.switched_off}")
+    print(f"with: {settings.other_flags}" if settings.other_flags else f"without: {settings.switched_off}")
     for name, value in found.items():
         print(f"{name}: {value:.4g}")
     return int(not abs(found["final_difference_percent"]) <= settings.largest_difference_percent)
 
 
-def difference(patched: Sequence[float], unpatched: Sequence[float]) -> dict[str, float]:
-    """How two loss curves differ.
+def difference(
+    tried: Sequence[float], reference: Sequence[float], *, labels: tuple[str, str] = ("patched", "unpatched")
+) -> dict[str, float]:
+    """How a loss curve differs from another one.
+
+    Args:
+        tried: the losses in question.
+        reference: those that they should have been.
+        labels: what the two are called in the result.
 
     Returns:
         The mean losses of the last 50 steps (a tenth of a shorter run) and their difference in percent; the largest
@@ -91,20 +128,20 @@ def difference(patched: Sequence[float], unpatched: Sequence[float]) -> dict[str
     Raises:
         UserError: the curves are of different lengths, or too short.
     """
-    steps = len(patched)
-    if steps != len(unpatched) or steps < 4:
-        raise UserError(f"{steps} and {len(unpatched)} losses: two runs of the same length were expected.")
+    steps = len(tried)
+    if steps != len(reference) or steps < 4:
+        raise UserError(f"{steps} and {len(reference)} losses: two runs of the same length were expected.")
     last = min(50, -(-steps // 10))
-    ends = [statistics.fmean(curve[-last:]) for curve in (patched, unpatched)]
+    ends = [statistics.fmean(curve[-last:]) for curve in (tried, reference)]
     width = min(_SMOOTHED_STEPS, last)
     apart = [
-        100 * (statistics.fmean(patched[at : at + width]) / statistics.fmean(unpatched[at : at + width]) - 1)
+        100 * (statistics.fmean(tried[at : at + width]) / statistics.fmean(reference[at : at + width]) - 1)
         for at in range(steps // 10, steps - width + 1)
     ]
     quarter = max(len(apart) // 4, 1)
     return {
-        "final_patched": ends[0],
-        "final_unpatched": ends[1],
+        f"final_{labels[0]}": ends[0],
+        f"final_{labels[1]}": ends[1],
         "final_difference_percent": 100 * (ends[0] / ends[1] - 1),
         "largest_smoothed_difference_percent": max(apart, key=abs),
         "drift_percent_points": statistics.fmean(apart[-quarter:]) - statistics.fmean(apart[quarter : 2 * quarter]),
@@ -117,7 +154,7 @@ def plot(title: str, losses: Mapping[str, Sequence[float]]) -> str:
     drawn, *keys = re.split(r"(?<=</svg>)", build_chart(title, series), maxsplit=1)
     colours = re.findall(r'style="color:(#\w+)"', "".join(keys))
     legend = "".join(
-        f'<text x="600" y="{24 + 16 * number}" style="fill:{colour}">{name}</text>'
+        f'<text x="600" y="{24 + 16 * number}" style="fill:{colour}">{html.escape(name)}</text>'
         for number, (name, colour) in enumerate(zip(losses, colours, strict=True))
     )
     head = '<svg xmlns="http://www.w3.org/2000/svg" '
@@ -130,10 +167,12 @@ def _problems(settings: LossCurveSettings) -> list[str]:
         problems.append(f"--gpus {' '.join(settings.gpus)}: two were expected, one for each run.")
     if settings.steps < 4:
         problems.append(f"--steps {settings.steps}: at least 4 were expected.")
+    if settings.other_flags and settings.switched_off != _PATCHES_FOR_SPEED:
+        problems.append("--other_flags --switched_off: both say how the second run differs; leave one out.")
     return problems
 
 
-def _command(settings: LossCurveSettings, number: int, name: str) -> process.Command:
+def _command(settings: LossCurveSettings, number: int, curve: Curve) -> process.Command:
     words = settings.flags.split()
     sizes = dict(itertools.pairwise(words))
     step_tokens = int(sizes.get("--sequence_length", 0)) * int(sizes.get("--global_batch_size", 0))
@@ -142,7 +181,7 @@ def _command(settings: LossCurveSettings, number: int, name: str) -> process.Com
     given: dict[str, Any] = {
         "input_tokenizer_file": settings.input_tokenizer_file,
         "data_path": settings.data_path,
-        "output_model_dir": settings.output_dir / name,
+        "output_model_dir": settings.output_dir / curve.label,
         "job_name": "run",
         "model_size": settings.model_size,
         "train_tokens": settings.steps * step_tokens,
@@ -154,10 +193,10 @@ def _command(settings: LossCurveSettings, number: int, name: str) -> process.Com
         "num_processes": 1,
     }
     argv = [sys.executable, str(_SCRIPT), *(word for key, value in given.items() for word in (f"--{key}", str(value)))]
-    environment = {} if name == "patched" else {"TRAIN_DISABLED_PATCHES": settings.switched_off}
+    environment = dict(curve.environment)
     if settings.gpus:
         environment["CUDA_VISIBLE_DEVICES"] = settings.gpus[number]
-    return process.Command((*argv, *words, "--overwrite"), environment)
+    return process.Command((*argv, *words, *curve.flags.split(), "--overwrite"), environment)
 
 
 def _run(settings: LossCurveSettings, name: str, command: process.Command) -> list[float]:

@@ -98,6 +98,10 @@ class TrainingSettings:
     adam_epsilon: float = setting(1e-8, help="Adam's epsilon")
     clip_grad: float = setting(1.0, help="largest global gradient norm; 0 switches clipping off")
     precision: str = setting("bf16", help="number format of the computation", choices=("bf16", "fp16", "fp32"))
+    float8: bool = setting(
+        False, help="matrix products of the layers in float8, the rest in bf16; GPUs since Ada and Hopper, with the"
+        " package torchao (Megatron-DeepSpeed)",
+    )  # fmt: skip
     seed: int = setting(1234, help="seed of initial weights and data order")
 
     def problems(self) -> Iterator[str]:

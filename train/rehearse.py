@@ -25,7 +25,7 @@ from train.cluster import allocation as allocations
 from train.cluster.allocation import Allocation
 from train.cluster.settings import ClusterSettings, SubmitSettings
 from train.engine import choose
-from train.engine.megatron_deepspeed import pass_through
+from train.engine.megatron_deepspeed import float8_checks, pass_through
 from train.errors import EXIT_INTERRUPTED, EXIT_USER, UserError, VerificationError, refuse, user_message
 from train.pretrain import pretrain
 from train.recipe import PretrainRecipe
@@ -122,6 +122,8 @@ def shrink(recipe: PretrainRecipe, *, world_size: int, output_dir: Path) -> Rehe
     if precision == "fp16":
         precision = "bf16" if parallel.zero_stage else "fp32"
         changes.append(f"precision fp16 -> {precision} (no fp16 on a CPU)")
+    if training.float8:
+        changes.append("products of the layers in float8 -> bf16 (a CPU's layers are not compiled)")
     attention = "sdpa" if parallel.attention == "flash_attention_2" else parallel.attention
     if attention != parallel.attention:
         changes.append("attention flash_attention_2 -> sdpa (a CPU has no flash-attn)")
@@ -144,6 +146,7 @@ def shrink(recipe: PretrainRecipe, *, world_size: int, output_dir: Path) -> Rehe
             lr_warmup_tokens=0,
             lr_decay_tokens=_STEPS * tokens_per_step,
             precision=precision,
+            float8=False,
         ),
         parallel=dataclasses.replace(
             parallel,
@@ -211,7 +214,8 @@ def full_size_problems(recipe: PretrainRecipe, world_size: int) -> list[str]:
     if recipe.parallel.attention == "flash_attention_2":  # whether it is installed is that cluster's affair
         recipe = dataclasses.replace(recipe, parallel=dataclasses.replace(recipe.parallel, attention="sdpa"))
     names = (choose.MEGATRON, choose.TRANSFORMERS) if recipe.parallel.engine == "auto" else (recipe.parallel.engine,)
-    found = [choose.engine(name).problems(recipe, target) for name in names]
+    elsewhere = float8_checks.NOT_INSTALLED  # so is torchao
+    found = [[said for said in choose.engine(name).problems(recipe, target) if said != elsewhere] for name in names]
     return [] if [] in found else found[0]
 
 

@@ -63,30 +63,60 @@ def test_the_plot_is_a_file_of_its_own(loss_curves: ModuleType) -> None:
     assert ">patched</text>" in drawn and ">unpatched</text>" in drawn
 
 
-def test_both_runs_have_their_time_and_their_patches(
-    loss_curves: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    commands = []
+@pytest.fixture
+def commands(loss_curves: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[Command]:
+    """The commands of the runs, none of which is started."""
+    found: list[Command] = []
 
     def capture(command: Command, *, timeout_s: float = 60.0) -> tuple[int, str]:
-        commands.append(command)
+        found.append(command)
         assert timeout_s > 3600, "500 steps take longer than a minute"
         folder = Path(command.argv[command.argv.index("--output_model_dir") + 1])
         (folder / "checkpoint").mkdir(parents=True)
         (folder / "metrics").mkdir()
-        (folder / "metrics" / "run.jsonl").write_text("".join(json.dumps({"loss": loss}) + "\n" for loss in curve(20)))
+        losses = curve(20) if len(found) == 1 else [1.001 * loss for loss in curve(20)]
+        (folder / "metrics" / "run.jsonl").write_text("".join(json.dumps({"loss": loss}) + "\n" for loss in losses))
         return 0, ""
 
     monkeypatch.setattr(loss_curves.process, "capture", capture)
-    words = ["--input_tokenizer_file", "t.model", "--data_path", "d", "--output_dir", str(tmp_path), "--steps", "20"]
-    assert loss_curves.main(words) == 0
+    return found
+
+
+def words(output_dir: Path, *more: str) -> list[str]:
+    given = ["--input_tokenizer_file", "t.model", "--data_path", "d", "--output_dir", str(output_dir), "--steps", "20"]
+    return [*given, *more]
+
+
+def test_both_runs_have_their_time_and_their_patches(
+    loss_curves: ModuleType, commands: list[Command], tmp_path: Path
+) -> None:
+    assert loss_curves.main(words(tmp_path)) == 0
     patched, unpatched = commands
     switched_off = patches.disabled_names(unpatched.environment)  # all are names of patches
     assert {"compiled-layers", "gradient-reduction"} <= switched_off and not patches.disabled_names(patched.environment)
+    found = json.loads((tmp_path / "loss_curves.json").read_text())
+    assert found["final_difference_percent"] == pytest.approx(100 * (1 / 1.001 - 1))  # the patched one, by the other
+
+
+def test_a_run_with_other_flags_is_compared_with_the_defaults(
+    loss_curves: ModuleType, commands: list[Command], tmp_path: Path
+) -> None:
+    assert loss_curves.main(words(tmp_path, "--other_flags", "--float8 True")) == 0
+    defaults, other = commands
+    assert not patches.disabled_names(defaults.environment) and not patches.disabled_names(other.environment)
+    at = other.argv.index("--float8")
+    assert other.argv[at + 1] == "True" and "--float8" not in defaults.argv
+    folder = defaults.argv.index("--output_model_dir") + 1
+    assert defaults.argv[folder] != other.argv[folder]
+    found = json.loads((tmp_path / "loss_curves.json").read_text())
+    assert list(found["losses"]) == ["defaults", "--float8 True"]
+    assert found["final_other_flags"] == pytest.approx(1.001 * found["final_defaults"])
+    assert found["final_difference_percent"] == pytest.approx(0.1)
+    assert ">--float8 True</text>" in (tmp_path / "loss_curves.svg").read_text()
 
 
 def test_what_is_asked_wrongly_is_told_at_once(loss_curves: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--input_tokenizer_file", "t.model", "--data_path", "d", "--steps", "2", "--gpus", "0"]
-    assert loss_curves.main(words) == 2
+    more = ["--gpus", "0", "--switched_off", "float8", "--other_flags", "--float8 True"]
+    assert loss_curves.main(["--input_tokenizer_file", "t.model", "--data_path", "d", "--steps", "2", *more]) == 2
     said = capsys.readouterr().err
-    assert "--steps 2" in said and "--gpus 0" in said
+    assert "--steps 2" in said and "--gpus 0" in said and "--other_flags --switched_off" in said

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from train.checkpoint.megatron import stages
 from train.cluster.allocation import Allocation
+from train.engine.megatron_deepspeed import float8_checks
 from train.engine.megatron_deepspeed.patches import balanced_stages
 from train.recipe import ModelSettings, PretrainRecipe
 
@@ -23,6 +24,7 @@ def problems(recipe: PretrainRecipe, allocation: Allocation) -> list[str]:
         *_layout(recipe),
         *_engine(recipe),
         *_machine(recipe, allocation),
+        *float8_checks.problems(recipe, allocation),
     ]
 
 

@@ -13,12 +13,21 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from train.engine.megatron_deepspeed import linear
 from train.engine.megatron_deepspeed.exchange import Exchanges, started
 
 
-def column_linear(exchanges: Exchanges) -> Callable[[Any, Any, Any], Any]:
-    """The function (values, weight, bias or None) -> values, over tensors whose last dimension is multiplied."""
-    return functools.partial(_function().apply, exchanges)
+def column_linear(
+    exchanges: Exchanges, run_compiled: Callable[[Any], Any] = lambda function: function
+) -> Callable[[Any, Any, Any], Any]:
+    """The function (values, weight, bias or None) -> values, over tensors whose last dimension is multiplied.
+
+    Args:
+        exchanges: how the tensor ranks exchange.
+        run_compiled: makes a function of Python one of the device.
+    """
+    apply = _function().apply
+    return lambda values, weight, bias: apply(exchanges, linear.products(run_compiled), values, weight, bias)
 
 
 @functools.cache
@@ -27,19 +36,21 @@ def _function() -> Any:
 
     class ColumnLinear(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, exchanges: Exchanges, values: Any, weight: Any, bias: Any) -> Any:
+        def forward(
+            ctx: Any, exchanges: Exchanges, products: linear.Products, values: Any, weight: Any, bias: Any
+        ) -> Any:
             whole = started(exchanges.spread, values).wait()
-            ctx.exchanges, ctx.has_bias = exchanges, bias is not None
+            ctx.exchanges, ctx.products, ctx.has_bias = exchanges, products, bias is not None
             ctx.save_for_backward(whole, weight)
-            return torch.nn.functional.linear(whole, weight, bias)
+            return products.forward(whole, weight, bias)
 
         @staticmethod
         def backward(ctx: Any, *gradients: Any) -> Any:
             whole, weight = ctx.saved_tensors
             gradient = gradients[0].reshape(-1, weight.shape[0])
-            entering = ctx.exchanges.spread_back((gradient @ weight).view(whole.shape))
-            of_weight = gradient.t() @ whole.reshape(-1, weight.shape[1])
+            entering = ctx.exchanges.spread_back(ctx.products.of_values(gradient, weight).view(whole.shape))
+            of_weight = ctx.products.of_weight(gradient, whole.reshape(-1, weight.shape[1]))
             of_bias = gradient.sum(dim=0) if ctx.has_bias else None
-            return None, entering.wait(), of_weight, of_bias
+            return None, None, entering.wait(), of_weight, of_bias
 
     return ColumnLinear

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from train.engine.megatron_deepspeed.bias_gelu import bias_gelu
+from train.engine.megatron_deepspeed.linear import linear
 
 Collective = Callable[[Any], Any]
 
@@ -112,31 +113,23 @@ def add(values: Any, bias: Any, residual: Any) -> Any:
 
 def attention_part(values: Any, weights: LayerWeights, cosine: Any, sine: Any, shape: LayerShape) -> Any:
     """From normalised values to this rank's share of the attention's output, before `gather` and bias."""
-    import torch
-
-    mixed = torch.nn.functional.linear(values, weights.qkv, weights.qkv_bias)
+    mixed = linear(values, weights.qkv, weights.qkv_bias)
     return attention_of(mixed, weights, cosine, sine, shape)
 
 
 def attention_of(mixed: Any, weights: LayerWeights, cosine: Any, sine: Any, shape: LayerShape) -> Any:
     """The same from queries, keys and values on."""
-    import torch
-
-    return torch.nn.functional.linear(attend(mixed, cosine, sine, shape), weights.dense)
+    return linear(attend(mixed, cosine, sine, shape), weights.dense)
 
 
 def mlp_part(values: Any, weights: LayerWeights, shape: LayerShape) -> Any:
     """From normalised values to this rank's share of the feed-forward layer's output, before `gather` and bias."""
-    import torch
-
-    return mlp_of(torch.nn.functional.linear(values, weights.up), weights, shape)
+    return mlp_of(linear(values, weights.up), weights, shape)
 
 
 def mlp_of(inside: Any, weights: LayerWeights, shape: LayerShape) -> Any:
     """The same from the feed-forward layer's inside on, which has no bias yet."""
-    import torch
-
-    return torch.nn.functional.linear(activate(inside, weights.up_bias, shape.activation), weights.down)
+    return linear(activate(inside, weights.up_bias, shape.activation), weights.down)
 
 
 def add_and_normalise(

@@ -60,6 +60,7 @@ def _pretrain_watched(
         keep_last=recipe.checkpoint.keep_last,
         engine_commit=engine_commit,
         attention=recipe.parallel.attention,
+        float8=recipe.training.float8,
         layers_per_stage=recipe.parallel.layers_per_stage,
         forced=patches.forced_names(os.environ),
         watch=None if watched is None else lambda step, numbers: watched.log(dict(numbers), step=step),

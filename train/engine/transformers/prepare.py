@@ -54,6 +54,8 @@ def problems(recipe: PretrainRecipe, allocation: Allocation) -> list[str]:
         for name in ("layers_per_stage", "no_pipeline_parallel", "sequence_parallel", "megatron_arguments")
         if getattr(parallel, name)
     ]
+    if training.float8:
+        found.append("--float8 needs --engine megatron-deepspeed.")
     if recipe.logging.log_optimizer_state:
         found.append("--log_optimizer_state needs --engine megatron-deepspeed.")
     if model.architecture == "gpt2" and model.rope_theta != ModelSettings.rope_theta:

@@ -34,6 +34,7 @@ _MODULES = (
     "flash_attention",
     "compiled_fusions",
     "compiled_layers",
+    "float8",
     "half_batches",
     "fused_cross_entropy",
     "balanced_stages",
@@ -62,6 +63,7 @@ class Run:
         keep_last: checkpoints to keep; 0 keeps all.
         engine_commit: upstream's commit, noted beside the golden logits.
         attention: the recipe's attention kernel: "sdpa", "flash_attention_2" or "eager".
+        float8: whether the layers' matrix products are to be made in float8.
         layers_per_stage: layers of each pipeline stage as the recipe has them; empty balances them.
         forced: patches for GPUs that are to run here all the same, without being compiled; for tests.
         watch: receives a step and its numbers whenever there is a progress line; None where nobody watches.
@@ -73,6 +75,7 @@ class Run:
     keep_last: int = 0
     engine_commit: str = "unknown"
     attention: str = "sdpa"
+    float8: bool = False
     layers_per_stage: tuple[int, ...] = ()
     forced: frozenset[str] = frozenset()
     watch: Callable[[int, Mapping[str, float]], None] | None = None

@@ -9,9 +9,10 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from train.engine.megatron_deepspeed import bias_gelu, column_linear, exchange, half_batches, transformer_layer
+from train.engine.megatron_deepspeed import bias_gelu, column_linear, exchange, half_batches, linear, transformer_layer
 from train.engine.megatron_deepspeed.patches import Patch, Run
 from train.engine.megatron_deepspeed.transformer_layer import InParts, LayerShape, LayerWeights
+from train.errors import UserError
 
 
 def weights_of(layer: Any) -> LayerWeights:
@@ -63,6 +64,12 @@ def is_plain(args: Any) -> bool:
 
 
 _halves_batches = False
+_is_installed = False
+
+
+def is_installed() -> bool:
+    """Whether the layers of plain runs are those of `transformer_layer`."""
+    return _is_installed
 
 
 def halve_batches() -> None:
@@ -77,6 +84,7 @@ def install(run_compiled: Any) -> None:
     Args:
         run_compiled: `torch.compile` or, for tests, nothing that changes a function.
     """
+    global _is_installed
     import torch
     from megatron import get_args
     from megatron.core import mpu
@@ -93,7 +101,10 @@ def install(run_compiled: Any) -> None:
         **options: Any,
     ) -> Any:  # fmt: skip
         args = get_args()
-        if others or any(value is not None for value in options.values()) or not is_plain(args):
+        plain = is_plain(args)
+        if linear.is_float8() and not plain:
+            raise UserError("--float8 --megatron_arguments: these layers are upstream's own; leave one of them out.")
+        if others or any(value is not None for value in options.values()) or not plain:
             return forward(
                 self, hidden_states, attention_mask, *others, rotary_pos_emb=rotary_pos_emb, **options
             )  # generation, experts, retrieval: upstream's own
@@ -113,6 +124,7 @@ def install(run_compiled: Any) -> None:
         return output, self._no_moe_loss
 
     ParallelTransformerLayer.forward = fast_forward
+    _is_installed = True
 
 
 def _layer_function(run_compiled: Any, mpu: Any, mappings: Any, args: Any) -> Any:
@@ -123,7 +135,7 @@ def _layer_function(run_compiled: Any, mpu: Any, mappings: Any, args: Any) -> An
         exchanges, gather = exchange.shares(group), mappings.reduce_scatter_to_sequence_parallel_region
     else:
         exchanges, gather = exchange.sums(group), mappings.reduce_from_tensor_model_parallel_region
-    in_parts = InParts(column_linear.column_linear(exchanges), gather, run_compiled).layer()
+    in_parts = InParts(column_linear.column_linear(exchanges, run_compiled), gather, run_compiled).layer()
     if not _halves_batches:
         return in_parts
     in_halves = half_batches.InHalves(exchanges, run_compiled).layer()

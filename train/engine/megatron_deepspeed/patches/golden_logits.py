@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from train.checkpoint_folders import GOLDEN_LOGITS
+from train.engine.megatron_deepspeed import linear
 from train.engine.megatron_deepspeed.patches import Patch, Run
 from train.engine.non_finite import non_finite
 
@@ -48,7 +49,7 @@ def compute(engine: Any, checkpoint_dir: Path) -> dict[str, Any] | None:
     tokens = input_ids(_real_vocab_size(tokenizer), tokenizer.eod, args.micro_batch_size, args.seq_length + 1)
     positions = min(_POSITIONS, args.seq_length)
     was_training = engine.module.training
-    with torch.no_grad():
+    with torch.no_grad(), linear.exact():  # an export has the weights, not the way in which they were trained
         part = _pipeline_logits(engine, tokens) if _is_pipeline(engine) else _plain_logits(engine, tokens)
     engine.module.train(was_training)
     if _any_non_finite(part):
