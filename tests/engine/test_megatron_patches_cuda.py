@@ -115,6 +115,16 @@ import megatron.optimizer
 assert megatron.optimizer.Adam is torch.optim.Adam
 assert decoupled_weight_decay.PATCH.apply(RUN) and megatron.optimizer.Adam is torch.optim.AdamW
 assert decoupled_weight_decay.PATCH.apply(RUN) == ""
+class FusedAdam(torch.optim.AdamW): pass  # apex's, as far as it can be told
+FusedAdam.__module__ = "apex.optimizers.fused_adam"
+megatron.optimizer.Adam = FusedAdam
+assert "with and without apex" in decoupled_weight_decay.PATCH.apply(RUN)
+weight = torch.nn.Parameter(torch.ones(3))
+weight.grad = torch.ones(3)
+step = megatron.optimizer.Adam([weight], lr=0.1, weight_decay=0.1)
+step.step()
+assert type(step) is torch.optim.AdamW and step.param_groups[0]["fused"] and step.state[weight]["step"] == 1
+assert decoupled_weight_decay.PATCH.apply(RUN) == ""
 """
 _FUSIONS = """
 for patch in patches.all_patches():
