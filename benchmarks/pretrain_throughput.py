@@ -2,7 +2,8 @@
 """How fast pretraining runs on this machine's GPUs, setting by setting, through the launcher that users call.
 
 Random tokens of a vocabulary of 32,000, so that nothing is learned and nothing cached; the first steps are left out;
-data loading, optimizer and logging are in. FLOPs are counted by one formula for every engine and setting:
+data loading, optimizer and logging are in. A run is killed after its last step, unless its save is wanted too.
+FLOPs are counted by one formula for every engine and setting:
 6 per token and weight of a matrix product, and attention's 12 x layers x length x hidden per token (its whole square;
 half of that counted as "causal", which is what a kernel that skips the masked half computes).
 """
@@ -11,11 +12,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import statistics
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +52,7 @@ class ThroughputSettings:
         ),
         help="NAME: FLAGS of pretrain.sh [! VARIABLE=VALUE ...]",
     )
+    save: bool = setting(False, help="let each run save its checkpoint when it has ended, and tell how fast that was")
     timeout_s: float = setting(1200.0, help="give one case up after so long")
     dry_run: bool = setting(False, help="print the commands", flag_only=True)
 
@@ -66,7 +70,7 @@ def flops_per_token(model_size: str, sequence_length: int) -> tuple[float, float
 
 
 def measure(settings: ThroughputSettings) -> int:
-    """Runs every case and prints a Markdown table; results.json keeps the numbers."""
+    """Runs every case and prints a Markdown table; results.json keeps the numbers. 1 when a case failed."""
     if settings.steps <= settings.warm_up_steps:
         raise UserError(
             f"--steps {settings.steps} --warm_up_steps {settings.warm_up_steps}: no step is left to count; take more."
@@ -92,7 +96,7 @@ def measure(settings: ThroughputSettings) -> int:
         for told in filter(None, (row.get("start"), row.get("saved"))):
             print(f"{row['name']}: {told}")
     outputs.write_text(settings.output_dir / "results.json", json.dumps(results, indent=2) + "\n")
-    return 0
+    return int(any("error" in row for row in results))
 
 
 def _command(settings: ThroughputSettings, data: Path, case: str) -> tuple[str, process.Command]:
@@ -128,17 +132,19 @@ def _run(
     runs = settings.output_dir / "runs" / name
     metrics = runs / "metrics" / "run.jsonl"
     metrics.unlink(missing_ok=True)
-    waiting = _FirstStep(metrics)
-    code, said = process.capture(command, timeout_s=settings.timeout_s)
+    mark = uuid.uuid4().hex
+    waiting = _Watch(metrics, mark, last_step=0 if settings.save else settings.steps)
+    marked = process.Command(command.argv, {**command.environment, process.MARK: mark})
+    code, said = process.capture(marked, timeout_s=settings.timeout_s)
     waiting.end()
+    runs.mkdir(parents=True, exist_ok=True)
     (runs / "output.txt").write_text(said, encoding="utf-8")
-    if code != 0:
+    shutil.rmtree(runs / "checkpoint", ignore_errors=True)  # tens of gigabytes that nobody wants
+    records = _records(metrics)
+    if len(records) < settings.steps or (settings.save and code != 0):
         return {"name": name, "error": (said.strip().splitlines() or [""])[-1][:200], "exit_status": code}
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
-    records = [record for record in records if "tokens_per_second" in record]
     steady = [record["tokens_per_second"] for record in records[settings.warm_up_steps :]]
-    gpus = json.loads((runs / "manifest" / "run.json").read_text())["results"]["layout"]["world_size"]
-    shutil.rmtree(runs / "checkpoint")  # tens of gigabytes that nobody wants
+    gpus = int(re.search(r"^layout: world size (\d+)", said, re.MULTILINE)[1])  # type: ignore[index]
     batch_tokens = settings.global_batch_size * settings.sequence_length
     rate = 1 / statistics.fmean(1 / value for value in steady) / gpus  # tokens over seconds, not a mean of rates
     return {
@@ -157,21 +163,32 @@ def _run(
     }
 
 
-class _FirstStep(threading.Thread):
-    """Waits for the first line of a metrics file, as a user does who watches."""
+def _records(metrics: Path) -> list[dict[str, Any]]:
+    """The steps of a metrics file, which may be written just now."""
+    if not metrics.is_file():
+        return []
+    whole = metrics.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
+    return [record for record in map(json.loads, whole) if "tokens_per_second" in record]
 
-    def __init__(self, metrics: Path) -> None:
+
+class _Watch(threading.Thread):
+    """Waits for the first line of a metrics file, as a user does who watches; at `last_step` it kills the run."""
+
+    def __init__(self, metrics: Path, mark: str, *, last_step: int) -> None:
         super().__init__(daemon=True)
         self.seconds = math.nan
-        self._metrics = metrics
+        self._metrics, self._mark, self._last_step = metrics, mark, last_step
         self._is_over = threading.Event()
         self._began = time.monotonic()
         self.start()
 
     def run(self) -> None:
         while not self._is_over.wait(0.05):
-            if self._metrics.is_file() and self._metrics.stat().st_size:
+            steps = len(_records(self._metrics))
+            if steps and math.isnan(self.seconds):
                 self.seconds = time.monotonic() - self._began
+            if steps and steps == self._last_step:
+                process.kill_marked(self._mark)
                 return
 
     def end(self) -> None:

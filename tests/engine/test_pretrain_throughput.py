@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -34,3 +35,21 @@ def test_the_published_flops_of_a_gpt(throughput: ModuleType) -> None:
     attention = 12 * 24 * 2048 * 2048
     assert full == 6 * (24 * 12 * 2048**2 + 32_000 * 2048) + attention
     assert causal == full - attention / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("save", [False, True])
+def test_runs_are_measured_and_end_with_their_last_step_or_their_save(
+    throughput: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], save: bool
+) -> None:
+    small = "--num_layers 1 --hidden_size 32 --num_attention_heads 2 --precision fp32 --device cpu --num_processes 1"
+    case = f"small: --engine transformers --micro_batch_size 2 {small}"
+    flags = ["--sequence_length", "32", "--global_batch_size", "4", "--steps", "4", "--warm_up_steps", "1"]
+    flags += ["--model_size", "gpt_0.125B", "--output_dir", str(tmp_path), "--save", str(save)]
+    assert throughput.main([*flags, "--cases", case, f"wrong: {small} --lr none"]) == 1
+    measured, wrong = json.loads((tmp_path / "results.json").read_text())
+    assert measured["gpus"] == 1 and measured["tokens_per_second_per_gpu"] > 0 and measured["start_to_first_step_s"] > 0
+    assert save or measured["saved"] is None
+    assert not (tmp_path / "runs" / "small" / "checkpoint").exists()
+    assert wrong["exit_status"] == 2 and "lr" in wrong["error"]
+    assert "| wrong | exit status 2" in capsys.readouterr().out
