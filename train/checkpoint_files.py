@@ -5,20 +5,25 @@
     list(damage(folder, contents=True))        # by checksum: reads every byte
 
 The checksum is CRC-32, from zlib. It finds every changed bit and every burst of up to 32 in a file of any length, and
-any other change but one in 4 billion; a forger it does not stop, as no list beside the files could. Of the standard
-library's sums it is by far the fastest, per core on the machine of docs/megatron_deepspeed.md: 1.9 GB/s, against 1.0 of
-SHA-256 and 0.7 of BLAKE2b. zlib lets go of Python's lock, so that threads add up.
+any other change but one in 4 billion; a forger it does not stop, as no list beside the files could. Intel's isal takes
+it with the processor's own instructions, 8 GB/s per core where zlib, which stands in for it, takes 1.4, SHA-256 1.0 and
+BLAKE2b 0.7. Both let go of Python's lock, so that threads add up.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+try:
+    from isal.isal_zlib import crc32
+except ImportError:  # no wheel for this processor
+    from zlib import crc32
 
 FILES = "files.json"
 _CHUNK_BYTES = 4 * 1024 * 1024
@@ -32,7 +37,7 @@ def checksum(file: Path) -> str:
     view = memoryview(buffer)
     with file.open("rb", buffering=0) as stream:
         while count := stream.readinto(buffer):
-            value = zlib.crc32(view[:count], value)
+            value = crc32(view[:count], value)
     return f"{value:08x}"
 
 
@@ -41,6 +46,25 @@ def checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
     listed = list(names)
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
         return dict(zip(listed, pool.map(lambda name: checksum(folder / name), listed), strict=True))
+
+
+@contextmanager
+def without_inner_checksums() -> Iterator[None]:
+    """Lets torch.save leave out the CRC-32 of each part of its zip files, which takes three quarters of its time.
+
+    torch.load never looks at them. For files whose own checksum is recorded right afterwards.
+    """
+    from torch import serialization
+
+    if not hasattr(serialization, "set_crc32_options"):  # before torch 2.6
+        yield
+        return
+    before = serialization.get_crc32_options()
+    serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        serialization.set_crc32_options(before)
 
 
 def record(folder: Path, sums: Mapping[str, str] | None = None) -> None:

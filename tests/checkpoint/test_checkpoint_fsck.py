@@ -11,6 +11,7 @@ import json
 import pickle
 import random
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,19 @@ def test_without_sums_a_flipped_bit_is_found_where_it_reaches_a_state(upstream: 
             assert flat(reader.load(file)) == content, f"{file.name}, seed {seed}"
         file.write_bytes(before)
     assert found > 40
+
+
+def test_files_without_inner_checksums_are_whole_and_found_truncated(unsummed: Path) -> None:
+    """As this project's runs write them, beside a list of better ones, which may get lost."""
+    file = unsummed / OPTIMIZER
+    with checkpoint_files.without_inner_checksums():
+        rewrite(file, lambda state: None)
+    assert torch.serialization.get_crc32_options()
+    with zipfile.ZipFile(file) as archive:
+        assert not any(part.CRC for part in archive.infolist())
+    assert problems(unsummed) == ()
+    file.write_bytes(file.read_bytes()[:-1])
+    assert any("truncated or damaged" in problem for problem in problems(unsummed))
 
 
 def flat(state: Any) -> Any:

@@ -54,7 +54,7 @@ def inspect(folder: Path) -> Findings:
     if sums is None or any(sum_ is None for _, sum_ in sums.values()):
         notes.append(
             "no checksums were recorded when it was saved (upstream records none): those inside the .pt files are"
-            " compared, which cover the tensors but not every byte; files that were swapped may pass"
+            " compared where they have any, which cover tensors but not every byte; files that were swapped may pass"
         )
         files = [name for name in layout.expected_files() if (folder / name).is_file()]
         problems += [problem for name in files for problem in inner_damage(folder, name)]

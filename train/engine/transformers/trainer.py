@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback
 
+from train.checkpoint_files import without_inner_checksums
 from train.checkpoint_folders import GOLDEN_LOGITS, prune, publish
 from train.data.gpt_dataset import GPTDataset
 from train.engine.non_finite import non_finite
@@ -87,7 +88,8 @@ class PretrainTrainer(Trainer):
         logits = self._golden_logits()
         if not bool(torch.isfinite(logits).all()):
             raise non_finite(self._run_folder.checkpoint_dir, self.state.global_step, "the weights")
-        super()._save_checkpoint(model, trial)
+        with without_inner_checksums():
+            super()._save_checkpoint(model, trial)
         if torch.distributed.is_initialized():
             torch.distributed.barrier()  # every rank's part is on disk
         if self.is_world_process_zero():

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from train.checkpoint_files import checksums
+from train.checkpoint_files import checksums, without_inner_checksums
 from train.checkpoint_folders import prune, publish, remove_leftovers
 from train.engine.megatron_deepspeed.patches import Patch, Run
 
@@ -37,7 +37,7 @@ def _apply(run: Run) -> str:
         if leads:
             remove_leftovers(folder)
         torch.distributed.barrier()
-        with _noting_files(self.checkpoint_engine) as written:
+        with _noting_files(self.checkpoint_engine) as written, without_inner_checksums():
             save_checkpoint(self, save_dir, unfinished.name, client_state or {}, **(options | {"save_latest": False}))
         sums = _sums_of_all_ranks(unfinished, written)
         if leads:
