@@ -26,7 +26,8 @@ WANTED_RUNS = 8
 
 @dataclass(frozen=True)
 class MeasuredRun:
-    """A run's settings and what was measured. `stage` is the pipeline stage whose memory it is."""
+    """A run's settings and what was measured. `stage` is the pipeline stage whose memory it is; a run whose speed was
+    disturbed has none."""
 
     model_size: str
     vocab_size: int
@@ -42,7 +43,7 @@ class MeasuredRun:
     micro_batch: int
     recompute: bool
     gpu_memory_gib: float
-    tflops: float
+    tflops: float | None
     source: str
     stage: int = 0
 
@@ -90,9 +91,10 @@ def read(text: str) -> list[MeasuredRun]:
 
 
 RUNS = read(FILE.read_text()) if FILE.is_file() else []
+TIMED = [run for run in RUNS if run.tflops is not None]
 GROUPS = [
     list(runs)
-    for _, runs in itertools.groupby(sorted(RUNS, key=lambda run: repr(run.work)), key=lambda run: repr(run.work))
+    for _, runs in itertools.groupby(sorted(TIMED, key=lambda run: repr(run.work)), key=lambda run: repr(run.work))
 ]
 none_yet = pytest.mark.skipif(not RUNS, reason=f"no run was measured yet: {FILE} has no lines")
 
