@@ -1,12 +1,13 @@
 # make demo   installs into .venv and runs the five steps on this machine's CPU
 # make test   installs into .venv and runs all tests but the next
 # make test-system  runs the tests on real clusters made on this machine: wants root and Debian's packages
+# make test-optional runs those that need packages which are used when present, in a folder of their own
 # make lint   ruff, mypy and ShellCheck only
 # make clean  removes .venv and caches, not output/
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
-.PHONY: help install demo test test-fast test-system lint clean
+.PHONY: help install demo test test-fast test-system test-optional lint clean
 
 PYTHON3 ?= python3
 VENV_PYTHON := .venv/bin/python
@@ -33,6 +34,13 @@ test: install
 
 test-fast: install
 	@"$(VENV_PYTHON)" -m pytest -n 2 --dist loadgroup -m "not slow and not system"
+
+# not in the environment: with torchao in it, transformers imports it everywhere and warns
+test-optional: install
+	@"$(VENV_PYTHON)" -m pip install --quiet --no-deps --upgrade --target .cache/optional \
+		bitsandbytes==0.50.2 torchao==0.18.0
+	PYTHONPATH="$$PWD/.cache/optional" "$(VENV_PYTHON)" -m pytest -n 2 --dist loadgroup \
+		tests/finetune/test_quantized.py tests/engine/test_megatron_float8.py
 
 # one after the other: all share the same hosts
 test-system: install

@@ -36,6 +36,7 @@ CHAINS = [
 # Blocks that are not run here, and where they are run instead.
 ELSEWHERE = {
     "make demo": "tests/test_demo.py runs the demo",
+    "make test-optional": "it installs packages; .ci/run calls it",
     "make test-system": "it makes clusters on the machine; .ci/run calls it",
     "make test": "this is what is running",
     "bash scripts/common/install_megatron_deepspeed.sh": "it needs a network; tests/engine installs from a local clone",

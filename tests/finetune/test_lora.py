@@ -203,11 +203,11 @@ def test_an_adapter_that_is_not_what_was_trained(
     with torch.no_grad():
         golden = {"input_ids": ids, "logits": model(ids).logits}
     save_file(golden, tmp_path / "golden.safetensors", metadata={"dtype": "torch.float32"})
-    adapter.prove(sharp_model, folder, tmp_path / "golden.safetensors", is_quantized=False)
+    adapter.prove(sharp_model, folder, tmp_path / "golden.safetensors")
     spoil(tensors, sorted(tensors)[1])
     save_file(tensors, folder / adapter.WEIGHTS, metadata={"format": "pt"})
     with pytest.raises(VerificationError, match=message):
-        adapter.prove(sharp_model, folder, tmp_path / "golden.safetensors", is_quantized=False)
+        adapter.prove(sharp_model, folder, tmp_path / "golden.safetensors")
 
 
 def test_an_adapter_with_a_tensor_that_was_not_gathered_is_not_saved(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """A LoRA adapter's folder: saved from the live model, whole or not at all, and proven by loading it anew.
 
     save(model, gathered_tensors, folder)                                        # in the first training rank
-    checks = prove(base_dir, folder, golden_logits_file, is_quantized=False)     # in the launcher
+    checks = prove(base_dir, folder, golden_logits_file)     # in the launcher
 
 The folder is PEFT's: adapter_config.json, which names the base, and adapter_model.safetensors; beside them tokenizer,
 chat template and generation_config.json. Without a config.json, `AutoModelForCausalLM.from_pretrained` loads base and
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# bitsandbytes computes by other kernels in training than here: 0.003 (4 bits) to 0.012 (8) were seen on small models
+_PACKED_TOLERANCE = 0.25
 
 
 def save(model: Any, tensors: Mapping[str, Tensor], to: Path) -> None:
@@ -90,8 +92,14 @@ def attach(base: Any, adapter_dir: Path) -> Any:
     return model
 
 
-def load(base_dir: Path, adapter_dir: Path, *, dtype: str) -> Any:
+def load(base_dir: Path, adapter_dir: Path, *, dtype: str, quantization: Any = None) -> Any:
     """Base and adapter from their files, ready to compute in `dtype` (a name torch knows, or "auto").
+
+    Args:
+        base_dir: the base model's folder.
+        adapter_dir: the adapter's.
+        dtype: what is not packed is loaded in it.
+        quantization: how bitsandbytes packs the base (`lora.quantization`), on the CPU; None leaves it as it is.
 
     Raises:
         UserError: they cannot be loaded, or do not fit each other.
@@ -102,7 +110,8 @@ def load(base_dir: Path, adapter_dir: Path, *, dtype: str) -> Any:
 
     logging.disable_progress_bar()
     try:
-        base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=dtype, local_files_only=True)
+        packed = {} if quantization is None else {"quantization_config": quantization, "device_map": {"": "cpu"}}
+        base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=dtype, local_files_only=True, **packed)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{base_dir} cannot be loaded: {first_line(error)}") from None
     model = attach(base, adapter_dir)
@@ -116,8 +125,8 @@ def load(base_dir: Path, adapter_dir: Path, *, dtype: str) -> Any:
     return model.eval()
 
 
-def prove(base_dir: Path, adapter_dir: Path, golden_logits: Path, *, is_quantized: bool) -> dict[str, Any]:
-    """Loads base and adapter anew and holds their logits against the live model's.
+def prove(base_dir: Path, adapter_dir: Path, golden_logits: Path, *, quantization: Any = None) -> dict[str, Any]:
+    """Loads base and adapter anew, the base packed as in training, and holds their logits against the live model's.
 
     Returns:
         `weights`, `logits`, `tokenizer` and `config` as `train.checkpoint.verify.verify` has them.
@@ -129,33 +138,30 @@ def prove(base_dir: Path, adapter_dir: Path, golden_logits: Path, *, is_quantize
     from safetensors.torch import load_file
     from transformers import AutoTokenizer
 
-    model = load(base_dir, adapter_dir, dtype="float32")
+    model = load(base_dir, adapter_dir, dtype="float32", quantization=quantization)
     stored = list(load_file(adapter_dir / WEIGHTS).values())
     up = [weight for name, weight in model.named_parameters() if ".lora_B." in name]
     config = json.loads((adapter_dir / CONFIG).read_text(encoding="utf-8"))
     input_ids, golden, computed_in = read_golden_logits(golden_logits)
 
     def logits_in(dtype: str) -> Tensor:
+        # a packed base computes in a type of its own
+        cast = model if quantization is not None else model.to(getattr(torch, dtype))
         with torch.no_grad():
-            logits: Tensor = model.to(getattr(torch, dtype))(input_ids=input_ids, use_cache=False).logits.float()
+            logits: Tensor = cast(input_ids=input_ids, use_cache=False).logits.float()
         return logits
 
-    if is_quantized:
-        record: dict[str, Any] = {
-            "compared_with": "none: the base was quantized in training, the one on disk is not",
-            "finite": bool(logits_in("float32").isfinite().all()),
-        }
-        problems: list[str] = []
-    else:
-        dtype = computed_in or "float32"
-        record = {
-            "compared_with": f"{golden_logits.name} of the training process",
-            "measure": LOGITS_MEASURE,
-            "tokens": input_ids.numel(),
-            "golden_dtype": dtype,
-            **compare_logits(golden, dtype, logits_in),
-        }
-        problems = list(logits_problems(record, "the logits of base and adapter"))
+    dtype = computed_in or "float32"
+    record: dict[str, Any] = {
+        "compared_with": f"{golden_logits.name} of the training process",
+        "measure": LOGITS_MEASURE,
+        "tokens": input_ids.numel(),
+        "golden_dtype": dtype,
+        **compare_logits(golden, dtype, logits_in),
+    }
+    if quantization is not None:
+        record |= {"tolerance": _PACKED_TOLERANCE, "tolerance_is": "for a packed base, whose kernels are not the same"}
+    problems = list(logits_problems(record, "the logits of base and adapter"))
     if not record["finite"]:
         problems.append("the logits of base and adapter hold NaN or infinity.")
     if problems:

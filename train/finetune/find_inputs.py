@@ -75,7 +75,7 @@ def check_machine(settings: FinetuneSettings, where: Allocation) -> None:
     Raises:
         UserError: a GPU or a package is missing, or there are too many processes.
     """
-    problems = list(lora.machine_problems(settings, where.device))
+    problems = list(lora.machine_problems(settings))
     if settings.device_map is not None and where.world_size > 1:
         problems.append(
             f"--device_map {settings.device_map} spreads a model on one node: take one, or use --zero_stage 3."

@@ -50,14 +50,10 @@ def target_problems(settings: FinetuneSettings, model: Any) -> Iterator[str]:
             yield f"{flag}: {target!r} can have no adapter in this model; these can: {able}."
 
 
-def machine_problems(settings: FinetuneSettings, device: str) -> Iterator[str]:
+def machine_problems(settings: FinetuneSettings) -> Iterator[str]:
     """Why a quantized base is not to be had here."""
     for flag in ("load_in_8bit", "load_in_4bit"):
-        if not getattr(settings, flag):
-            continue
-        if device == "cpu":
-            yield f"--{flag} needs a GPU, and there is none here: leave it out."
-        if find_spec("bitsandbytes") is None:
+        if getattr(settings, flag) and find_spec("bitsandbytes") is None:
             yield f"--{flag} needs the package bitsandbytes: pip install bitsandbytes, or leave it out."
 
 

@@ -92,8 +92,6 @@ def _memory_problems(settings: FinetuneSettings) -> Iterator[str]:
     for flag in _given(settings, _QUANTIZED_FLAGS):
         if settings.zero_stage == 3:
             yield f"--{flag} and --zero_stage 3 exclude each other: ZeRO-3 cuts weights that bitsandbytes has packed."
-        if settings.device == "cpu":
-            yield f"--{flag} needs a GPU: leave it out on a CPU."
     if settings.device_map is not None:
         if has_deepspeed:
             yield "--device_map and DeepSpeed exclude each other: both spread the model. Choose one."

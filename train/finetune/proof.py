@@ -25,15 +25,15 @@ def prove(plan: Plan, folder: FinetuneFolder) -> dict[str, Any]:
         VerificationError: it is not what was trained, or weights changed that were not to be trained.
     """
     from train.checkpoint import verify
-    from train.finetune import adapter, changes
+    from train.finetune import adapter, changes, lora
 
     told = json.loads(folder.saved.read_text(encoding="utf-8"))
     for file in folder.tokenizer_dir.iterdir():  # the folder is loaded as its users will
         shutil.copyfile(file, folder.model_dir / file.name)
     settings = plan.finetune
     if methods.of(settings) == "lora":
-        is_quantized = settings.load_in_8bit or settings.load_in_4bit
-        checks = adapter.prove(plan.model_dir, folder.model_dir, folder.golden_logits, is_quantized=is_quantized)
+        packed = lora.quantization(settings)
+        checks = adapter.prove(plan.model_dir, folder.model_dir, folder.golden_logits, quantization=packed)
     else:
         checks = verify.verify(folder.model_dir, verify.Source(golden_logits=folder.golden_logits))
         checks["changes"] = changes.compare(plan.model_dir, folder.model_dir, trained=set(told["trained"]))

@@ -122,8 +122,8 @@ class FinetuneSettings:
     peft_lora_r: int | None = setting(None, help="LoRA: rank; 8 when not given")
     peft_lora_alpha: int | None = setting(None, help="LoRA: alpha; 32 when not given")
     peft_lora_dropout: float | None = setting(None, help="LoRA: dropout before the adapter; 0.05 when not given")
-    load_in_8bit: bool = setting(False, help="LoRA on a base packed in 8 bits; needs a GPU and bitsandbytes")
-    load_in_4bit: bool = setting(False, help="LoRA on a base packed in 4 bits (QLoRA); needs a GPU and bitsandbytes")
+    load_in_8bit: bool = setting(False, help="LoRA on a base packed in 8 bits by bitsandbytes, which must be there")
+    load_in_4bit: bool = setting(False, help="LoRA on a base packed in 4 bits (QLoRA) by bitsandbytes")
     merge: bool = setting(False, help="LoRA: also write OUTPUT_DIR/merged, the model with the adapter in its weights")
     device_map: str | None = setting(
         None,

@@ -137,7 +137,7 @@ def load_model(plan: Plan, tokenizer: Any) -> Any:
     quantization = lora.quantization(settings)
     device_map: Any = settings.device_map
     if quantization is not None and device_map is None:
-        device_map = {"": int(os.environ.get("LOCAL_RANK", "0"))}
+        device_map = {"": int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"}
     model: Any = AutoModelForCausalLM.from_pretrained(
         plan.model_dir,
         dtype=dtype,
