@@ -135,7 +135,8 @@ def _needs(recipe: PretrainRecipe, engine: str, allocation: Allocation, gpu: Thi
         sequence_parallel=parallel.sequence_parallel,
         recompute=parallel.activation_checkpoint,
     )
-    shape = Shape.of(recipe.model, vocab_size=vocabulary.engine_vocab_size(recipe.data.input_tokenizer_file))
+    vocab_size = vocabulary.engine_vocab_size(recipe.data.input_tokenizer_file)
+    shape = Shape.of(recipe.model, vocab_size=vocab_size, layers_per_stage=parallel.layers_per_stage)
     for found in search(shape, query).fitting:
         yield found.layout.micro_batch, found.needed_gib + _unplanned_gib(recipe, engine, found.layout, found.memory)
 

@@ -52,6 +52,13 @@ def test_more_ranks_leave_more_room(recipe: PretrainRecipe) -> None:
     assert many > alone
 
 
+def test_given_stages_are_planned(recipe: PretrainRecipe) -> None:
+    two = changed(recipe, "parallel", pipeline_parallel_size=2)
+    gpu = dataclasses.replace(A100, memory_gib=60.0)
+    even = settled(two, gpu, allocation=ranks(2))[0]
+    assert settled(changed(two, "parallel", layers_per_stage=(23, 1)), gpu, allocation=ranks(2))[0] < even
+
+
 def test_the_transformers_engine_takes_a_smaller_one(recipe: PretrainRecipe) -> None:
     assert settled(recipe, H200, engine="transformers")[0] < settled(recipe, H200)[0]
 

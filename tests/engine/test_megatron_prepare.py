@@ -302,7 +302,11 @@ def test_layout_is_an_equation() -> None:
             6,
             "world size 6 = 2 tensor x 2 pipeline x 1.5 data",
         ),
-        ({"global_batch_size": 12}, 4, "--global_batch_size 12 is not a multiple of --micro_batch_size 2 x 4"),
+        (
+            {"global_batch_size": 12},
+            4,
+            "--micro_batch_size 2 x 4 data parallel ranks = 8: change one of them; 16 would do",
+        ),
         ({"tensor_parallel_size": 8}, 8, "--num_attention_heads 4 / --tensor_parallel_size 8 = 0.5"),
         ({"tensor_parallel_size": 2, "ffn_hidden_size": 33}, 2, "--ffn_hidden_size 33 / --tensor_parallel_size 2"),
         ({"pipeline_parallel_size": 5}, 5, "--num_layers 4 / --pipeline_parallel_size 5: each pipeline stage"),

@@ -67,6 +67,13 @@ def test_the_bubble_is_the_pipelines_length(gpt: Shape) -> None:
     assert stages[1] == pytest.approx(stages[0], rel=0.08)
 
 
+def test_given_stages_are_planned(gpt: Shape) -> None:
+    given = dataclasses.replace(gpt, layers_per_stage=(16, 8))
+    assert given.stage_layers(2) == (16, 8) and given.stage_layers(4) == gpt.stage_layers(4)
+    two = dataclasses.replace(ONE, pipeline=2)
+    assert speed.step_seconds(given, two, "bf16", H200) > 1.1 * speed.step_seconds(gpt, two, "bf16", H200)
+
+
 def test_which_way_it_goes(gpt: Shape) -> None:
     def rate(**changes: object) -> float:
         layout = dataclasses.replace(ONE, **changes)  # type: ignore[arg-type]

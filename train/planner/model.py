@@ -29,9 +29,10 @@ class Shape:
     vocab_size: int
     is_llama: bool
     tied: bool
+    layers_per_stage: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, model: ModelSettings, *, vocab_size: int) -> Shape:
+    def of(cls, model: ModelSettings, *, vocab_size: int, layers_per_stage: tuple[int, ...] = ()) -> Shape:
         """The shape of resolved settings."""
         assert model.num_layers and model.hidden_size and model.ffn_hidden_size
         assert model.num_attention_heads and model.num_key_value_heads
@@ -45,6 +46,7 @@ class Shape:
             vocab_size=vocab_size,
             is_llama=model.architecture != "gpt2",
             tied=bool(model.tie_word_embeddings),
+            layers_per_stage=layers_per_stage,
         )
 
     @property
@@ -78,7 +80,9 @@ class Shape:
         return self.hidden * (self.rows(tensor) + (0 if self.is_llama else self.sequence))
 
     def stage_layers(self, pipeline: int) -> tuple[int, ...]:
-        """Layers of each pipeline stage, as the engine balances them."""
+        """Layers of each pipeline stage: those that are given for so many, or as the engine balances them."""
+        if len(self.layers_per_stage) == pipeline:
+            return self.layers_per_stage
         head = stages.head_layers(
             hidden=self.hidden,
             ffn=self.ffn,

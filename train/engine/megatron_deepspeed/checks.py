@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from train.checkpoint.megatron import stages
 from train.cluster.allocation import Allocation
+from train.engine import whole_batches
 from train.engine.megatron_deepspeed import float8_checks
 from train.engine.megatron_deepspeed.patches import balanced_stages
 from train.recipe import ModelSettings, PretrainRecipe
@@ -44,14 +45,7 @@ def _ranks(recipe: PretrainRecipe, allocation: Allocation) -> Iterator[str]:
             f"{equation} parallel: data parallel must be whole; use --num_processes {tensor * pipeline} or a multiple."
         )
         return
-    per_pass = training.micro_batch_size * (world // (tensor * pipeline))
-    assert training.global_batch_size is not None
-    if training.global_batch_size % per_pass:
-        yield (
-            f"--global_batch_size {training.global_batch_size} is not a multiple of --micro_batch_size"
-            f" {training.micro_batch_size} x {world // (tensor * pipeline)} data parallel ranks = {per_pass}:"
-            " change one of them."
-        )
+    yield from whole_batches.problems(training, world // (tensor * pipeline))
 
 
 def _shares(recipe: PretrainRecipe) -> Iterator[str]:

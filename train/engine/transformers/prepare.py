@@ -8,6 +8,7 @@ import json
 from train import settings
 from train.cluster.allocation import Allocation
 from train.cluster.ranks import rank_argv, rank_environment
+from train.engine import whole_batches
 from train.engine.transformers.deepspeed_config import deepspeed_config
 from train.errors import refuse
 from train.process import Command
@@ -69,11 +70,5 @@ def problems(recipe: PretrainRecipe, allocation: Allocation) -> list[str]:
             f"--data_parallel_size {parallel.data_parallel_size}: there are {allocation.world_size} ranks; start so"
             " many (a larger allocation, or --num_processes), or leave it out."
         )
-    per_pass = training.micro_batch_size * allocation.world_size
-    assert training.global_batch_size is not None
-    if training.global_batch_size % per_pass:
-        found.append(
-            f"--global_batch_size {training.global_batch_size} is not a multiple of --micro_batch_size"
-            f" {training.micro_batch_size} x {allocation.world_size} ranks = {per_pass}: change one of them."
-        )
+    found += whole_batches.problems(training, allocation.world_size)
     return found
