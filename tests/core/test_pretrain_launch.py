@@ -93,7 +93,7 @@ def test_what_is_no_tokenizer_is_refused(paths, capsys):
 def test_the_batch_must_divide_over_the_ranks(paths, capsys):
     assert run(paths, "--num_processes", "3", "--engine", "transformers", "--dry_run") == 2
     said = capsys.readouterr().err
-    assert "--global_batch_size 8 is not a multiple of 3 data parallel ranks: change one of them; 9 would do." in said
+    assert "--global_batch_size 8 is not a multiple of 3 data parallel ranks: change one; 9 would do." in said
 
 
 @pytest.fixture

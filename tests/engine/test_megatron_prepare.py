@@ -305,7 +305,7 @@ def test_layout_is_an_equation() -> None:
         (
             {"global_batch_size": 12},
             4,
-            "--micro_batch_size 2 x 4 data parallel ranks = 8: change one of them; 16 would do",
+            "--micro_batch_size 2 x 4 data parallel ranks = 8: change one; 16 would do",
         ),
         ({"tensor_parallel_size": 8}, 8, "--num_attention_heads 4 / --tensor_parallel_size 8 = 0.5"),
         ({"tensor_parallel_size": 2, "ffn_hidden_size": 33}, 2, "--ffn_hidden_size 33 / --tensor_parallel_size 2"),

@@ -20,5 +20,5 @@ def problems(training: TrainingSettings, data_ranks: int) -> Iterator[str]:
     micro = f"--micro_batch_size {micro_batch} x {ranks} = {micro_batch * data_ranks}"
     yield (
         f"--global_batch_size {global_batch} is not a multiple of {ranks if micro_batch == 1 else micro}:"
-        f" change one of them; {(global_batch // (micro_batch * data_ranks) + 1) * micro_batch * data_ranks} would do."
+        f" change one; {(global_batch // (micro_batch * data_ranks) + 1) * micro_batch * data_ranks} would do."
     )
