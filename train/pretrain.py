@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train import manifest, micro_batch, outcome, outputs, resume, run_identity, same_run, settings
+from train import manifest, micro_batch, outcome, outputs, resume, run_identity, same_run, sequence_parallel, settings
 from train import pretrain_checks as checks
 from train.checkpoint_folders import remove_leftovers, remove_universal
 from train.checkpoint_size import disk_need
@@ -59,6 +59,7 @@ def pretrain(recipe: PretrainRecipe) -> int:
     )
     if not recipe.dry_run:
         parts = checks.check_data(recipe)
+    recipe = sequence_parallel.settle(recipe, device=allocation.device)
     recipe, note = _with_micro_batch(recipe, allocation, run_folder)
     if note:
         print(note, flush=True)

@@ -156,7 +156,9 @@ class ParallelSettings:
         (), help="layers of each pipeline stage; balanced with the logits' cost when not given (Megatron-DeepSpeed)"
     )
     no_pipeline_parallel: bool = setting(False, help="use the engine without its pipeline module (Megatron-DeepSpeed)")
-    sequence_parallel: bool = setting(False, help="split norms and dropout over the tensor ranks (Megatron-DeepSpeed)")
+    sequence_parallel: bool | None = setting(
+        None, help="split norms and dropout over the tensor ranks (Megatron-DeepSpeed); in bf16 on GPUs when not given"
+    )
     zero_stage: int = setting(0, help="ZeRO: 1 spreads optimizer state, 2 gradients too, 3 weights too")
     offload: str = setting("none", help="what waits in CPU memory", choices=("none", "optimizer", "all"))
     activation_checkpoint: bool = setting(False, help="recompute activations: less memory, about a third slower")

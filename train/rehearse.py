@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train import micro_batch, same_run
+from train import micro_batch, same_run, sequence_parallel
 from train.cluster import allocation as allocations
 from train.cluster.allocation import Allocation
 from train.cluster.settings import ClusterSettings, SubmitSettings
@@ -154,6 +154,7 @@ def shrink(recipe: PretrainRecipe, *, world_size: int, output_dir: Path) -> Rehe
             num_processes=data * tensor * pipeline,
             data_parallel_size=data,
             layers_per_stage=(),
+            sequence_parallel=sequence_parallel.settle(recipe, device=_target(recipe)).parallel.sequence_parallel,
             attention=attention,
             torch_compile=False,
             megatron_arguments=further,
@@ -210,13 +211,18 @@ def rehearse(recipe: PretrainRecipe) -> int:
 def full_size_problems(recipe: PretrainRecipe, world_size: int) -> list[str]:
     """What would keep the recipe itself, at its own size and on GPUs, from starting in this layout."""
     recipe = micro_batch.open_to_one(recipe)
-    target = Allocation(("cluster",), world_size, "cpu" if recipe.parallel.device == "cpu" else "cuda", "rehearsed")
+    target = Allocation(("cluster",), world_size, _target(recipe), "rehearsed")
     if recipe.parallel.attention == "flash_attention_2":  # whether it is installed is that cluster's affair
         recipe = dataclasses.replace(recipe, parallel=dataclasses.replace(recipe.parallel, attention="sdpa"))
     names = (choose.MEGATRON, choose.TRANSFORMERS) if recipe.parallel.engine == "auto" else (recipe.parallel.engine,)
     elsewhere = float8_checks.NOT_INSTALLED  # so is torchao
     found = [[said for said in choose.engine(name).problems(recipe, target) if said != elsewhere] for name in names]
     return [] if [] in found else found[0]
+
+
+def _target(recipe: PretrainRecipe) -> str:
+    """Where the recipe itself is to be trained."""
+    return "cpu" if recipe.parallel.device == "cpu" else "cuda"
 
 
 def memory_problems(ranks: int) -> list[str]:
