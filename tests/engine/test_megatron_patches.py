@@ -161,6 +161,29 @@ def test_the_engine_gets_as_far_as_its_own_state_with_all_of_them(engine_path: s
 
 @pytest.mark.megatron
 @pytest.mark.slow
+def test_what_is_not_called_is_not_imported(engine_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    monkeypatch.setenv("TOKENIZER", str(tmp_path))
+    code = (
+        "import json, sys; from megatron import training; from megatron.tokenizer import tokenizer;"
+        " spared = [name for name in ('transformers', 'wandb', 'torchvision') if name not in sys.modules];"
+        " found = type(tokenizer.AutoTokenizer.from_pretrained(os.environ['TOKENIZER'])).__name__;"
+        " import transformers, wandb; print(json.dumps([spared, found, hasattr(transformers, 'AutoModel'), wandb.run]))"
+    )
+    with_all = in_a_rank(code, engine_path, disabled="")
+    assert with_all.returncode == 0, with_all.stderr[-2000:]
+    spared, found, is_whole, _ = json.loads(with_all.stdout.splitlines()[-1])
+    assert spared == ["transformers", "wandb", "torchvision"] and "Tokenizer" in found and is_whole
+    without = in_a_rank(code, engine_path, disabled="spare-imports")
+    assert json.loads(without.stdout.splitlines()[-1])[0] == ["torchvision"], without.stderr[-2000:]
+
+
+@pytest.mark.megatron
+@pytest.mark.slow
 def test_layer_norm_is_torchs_and_marks_its_weights(engine_path: str) -> None:
     code = (
         "import json, torch; from megatron.model import LayerNorm; torch.manual_seed(0);"
