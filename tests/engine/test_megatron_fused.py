@@ -154,6 +154,34 @@ def test_only_batches_that_can_be_halved_are(
     assert compiled.count("enter") == int(halved)
 
 
+@pytest.mark.parametrize("splits", [True, False])
+def test_products_travel_where_the_sequence_is_split(
+    splits: bool, one_rank: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.setattr(compiled_layers, "_lets_products_travel", True)
+    none = types.SimpleNamespace(
+        get_tensor_model_parallel_world_size=lambda: 2, get_tensor_model_parallel_group=lambda: None,
+        reduce_scatter_to_sequence_parallel_region=lambda values: values,
+        reduce_from_tensor_model_parallel_region=lambda values: values, sequence_parallel=splits,
+    )  # fmt: skip
+    compiled: list[str] = []
+    layer = compiled_layers._layer_function(lambda f: (compiled.append(f.__name__), f)[1], none, none, none)
+    assert ("attend" in compiled) is splits and ("attention_of" in compiled) is not splits
+    shape, results = dataclasses.replace(SHAPE, activation="gelu_tanh"), []
+    for function in (layer, transformer_layer.whole):
+        torch.manual_seed(6)
+        given = biased_weights()
+        held = [value.requires_grad_() for value in dataclasses.astuple(given) if value is not None]
+        stream = torch.randn(6, 4, HIDDEN).requires_grad_()
+        output = function(2 * stream, given, None, None, shape)
+        (output**2).mean().backward()
+        results.append([output, stream.grad, *(value.grad for value in held)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_loss_and_its_gradient_are_those_of_cross_entropy(dtype: str, one_rank: None) -> None:
     import torch
@@ -191,27 +219,37 @@ LAYOUTS: dict[str, dict[str, object]] = {
         "num_key_value_heads": 2,
         "ffn_hidden_size": 24,
     },
+    "gpt_sp": {"micro_batch_size": 2, "tensor_parallel_size": 2, "sequence_parallel": True, "num_processes": 2},
     "bf16": {"precision": "bf16", "zero_stage": 1, "num_processes": 2, "micro_batch_size": 1},
 }
+_HALVES = "compiled-layers,half-batches,fused-cross-entropy"
+_TRAVELLING = "compiled-layers,travelling-products,fused-cross-entropy"
 
 
 @pytest.mark.slow
 @pytest.mark.megatron
 @pytest.mark.xdist_group("megatron_engine")
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_the_engine_trains_to_the_same_losses(name: str, launch: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "forced"),
+    [
+        *((name, _HALVES) for name in LAYOUTS if name != "gpt_sp"),
+        *((name, _TRAVELLING) for name in ("llama_sp", "gpt_sp")),
+    ],
+)
+def test_the_engine_trains_to_the_same_losses(name: str, forced: str, launch: Any, tmp_path: Path) -> None:
     if checkout.find_checkout() is None:
         pytest.skip(checkout.why_missing())
     corpus = write_corpus(tmp_path)
     losses = []
     for job, environment in (
         ("upstream", {DISABLED_VARIABLE: "cpu-kernels,gradient-reduction,last-outputs"}),
-        ("fused", {FORCED_VARIABLE: "compiled-layers,half-batches,fused-cross-entropy"}),
+        ("fused", {FORCED_VARIABLE: forced}),
     ):
         words = flags(corpus, tmp_path / "out", job_name=job, **LAYOUTS[name])
         done = launch("step2_pretrain_model/pretrain.sh", *words, environment=environment)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         assert ("patch compiled-layers: applied" in done.stdout) == (job == "fused")
+        assert ("patch travelling-products: applied" in done.stdout) == (job == "fused" and forced == _TRAVELLING)
         lines = (tmp_path / "out" / "metrics" / f"{job}.jsonl").read_text().splitlines()
         losses.append([record["loss"] for record in map(json.loads, lines) if "loss" in record])
     assert len(losses[0]) == 8

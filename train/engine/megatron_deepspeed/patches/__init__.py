@@ -38,6 +38,7 @@ _MODULES = (
     "compiled_layers",
     "float8",
     "half_batches",
+    "travelling_products",
     "fused_cross_entropy",
     "balanced_stages",
     "gradient_accumulation",

@@ -9,7 +9,15 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from train.engine.megatron_deepspeed import bias_gelu, column_linear, exchange, half_batches, linear, transformer_layer
+from train.engine.megatron_deepspeed import (
+    bias_gelu,
+    column_linear,
+    exchange,
+    half_batches,
+    linear,
+    transformer_layer,
+    travelling_products,
+)
 from train.engine.megatron_deepspeed.patches import Patch, Run
 from train.engine.megatron_deepspeed.transformer_layer import InParts, LayerShape, LayerWeights
 from train.errors import UserError
@@ -78,6 +86,15 @@ def halve_batches() -> None:
     _halves_batches = True
 
 
+_lets_products_travel = False
+
+
+def let_products_travel() -> None:
+    """Lets tensor ranks that split the sequence compute while they exchange (travelling_products.py)."""
+    global _lets_products_travel
+    _lets_products_travel = True
+
+
 def install(run_compiled: Any) -> None:
     """Replaces ParallelTransformerLayer.forward for plain runs.
 
@@ -135,6 +152,10 @@ def _layer_function(run_compiled: Any, mpu: Any, mappings: Any, args: Any) -> An
         exchanges, gather = exchange.shares(group), mappings.reduce_scatter_to_sequence_parallel_region
     else:
         exchanges, gather = exchange.sums(group), mappings.reduce_from_tensor_model_parallel_region
+    if _lets_products_travel and args.sequence_parallel and not linear.is_float8():
+        travelling = _travelling(group, exchanges)
+        if travelling is not None:
+            return travelling_products.layer(travelling, run_compiled)
     in_parts = InParts(column_linear.column_linear(exchanges, run_compiled), gather, run_compiled).layer()
     if not _halves_batches:
         return in_parts
@@ -146,6 +167,14 @@ def _layer_function(run_compiled: Any, mpu: Any, mappings: Any, args: Any) -> An
         return (in_halves if halves else in_parts)(stream, *others)
 
     return run
+
+
+def _travelling(group: Any, exchanges: exchange.Exchanges) -> travelling_products.Travelling | None:
+    from deepspeed.accelerator import get_accelerator
+
+    if get_accelerator().device_name() != "cuda":
+        return travelling_products.one_after_the_other(exchanges)
+    return travelling_products.symmetric(group) if travelling_products.is_possible(group) else None
 
 
 def _apply(run: Run) -> str:
