@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train import cli, manifest
+from train import cli, manifest, sequence_parallel
 from train import pretrain_checks as checks
 from train.cluster.allocation import Allocation
 from train.data.indexed_dataset import IndexedDatasetWriter
@@ -94,6 +94,23 @@ def test_the_batch_must_divide_over_the_ranks(paths, capsys):
     assert run(paths, "--num_processes", "3", "--engine", "transformers", "--dry_run") == 2
     said = capsys.readouterr().err
     assert "--global_batch_size 8 is not a multiple of 3 data parallel ranks: change one; 9 would do." in said
+
+
+def test_what_both_engines_refuse_is_told_once(paths, capsys):
+    assert run(paths, "--num_processes", "1", "--micro_batch_size", "3", "--dry_run") == 2
+    said = capsys.readouterr().err
+    assert said.count("--micro_batch_size 3 x 1 data parallel rank = 3: change one; 9 would do.") == 1
+
+
+def test_what_a_run_would_choose_itself_is_not_held_against_its_user():
+    on_gpus = Allocation(("host",), 2, "cuda", "for the test")
+    chosen = sequence_parallel.settle(recipe("--tensor_parallel_size", "2", "--precision", "bf16"), device="cuda")
+    assert chosen.parallel.sequence_parallel
+    found = choose.engine(choose.TRANSFORMERS).problems(chosen, on_gpus)
+    assert any("--tensor_parallel_size 2 needs" in problem for problem in found)
+    assert not any("sequence_parallel" in problem for problem in found)
+    alone = choose.engine(choose.TRANSFORMERS).problems(recipe("--sequence_parallel"), on_gpus)
+    assert "--sequence_parallel needs --engine megatron-deepspeed." in alone
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ def choose(recipe: PretrainRecipe, allocation: Allocation) -> tuple[str, str]:
         return MEGATRON, f"installed at {found.path}"
     reason = unsuited[0] if found is not None else checkout.why_missing()
     objections = engine(TRANSFORMERS).problems(recipe, allocation)
-    refuse([*objections, reason] if objections else [])
+    refuse(dict.fromkeys([*objections, reason]) if objections else [])  # both may object to the same thing
     return TRANSFORMERS, reason
 
 

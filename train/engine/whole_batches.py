@@ -16,7 +16,7 @@ def problems(training: TrainingSettings, data_ranks: int) -> Iterator[str]:
     assert global_batch is not None
     if global_batch % (micro_batch * data_ranks) == 0:
         return
-    ranks = f"{data_ranks} data parallel ranks"
+    ranks = f"{data_ranks} data parallel rank{'s' if data_ranks > 1 else ''}"
     micro = f"--micro_batch_size {micro_batch} x {ranks} = {micro_batch * data_ranks}"
     yield (
         f"--global_batch_size {global_batch} is not a multiple of {ranks if micro_batch == 1 else micro}:"

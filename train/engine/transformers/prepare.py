@@ -53,7 +53,8 @@ def problems(recipe: PretrainRecipe, allocation: Allocation) -> list[str]:
     found += [
         f"--{name} needs --engine megatron-deepspeed."
         for name in ("layers_per_stage", "no_pipeline_parallel", "sequence_parallel", "megatron_arguments")
-        if getattr(parallel, name)
+        # tensor ranks on GPUs split the sequence by themselves, so that it may be nobody's choice
+        if getattr(parallel, name) and not (name == "sequence_parallel" and parallel.tensor_parallel_size > 1)
     ]
     if training.float8:
         found.append("--float8 needs --engine megatron-deepspeed.")
