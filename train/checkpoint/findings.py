@@ -44,6 +44,15 @@ class Findings:
     abilities: tuple[Ability, ...] = ()
 
 
+def has_inner_checksums(folder: Path, name: str) -> bool:
+    """Whether one of torch's files holds a CRC-32 of its parts; True for one that cannot be read, which is damaged."""
+    try:
+        with zipfile.ZipFile(folder / name) as archive:
+            return any(part.CRC for part in archive.infolist())
+    except Exception:  # whatever damaged bytes make of the reader
+        return True
+
+
 def inner_damage(folder: Path, name: str, *, contents: bool = True) -> Iterator[str]:
     """What is wrong with one of torch's files, by itself: a zip file, which may hold a CRC-32 of each of its parts.
 

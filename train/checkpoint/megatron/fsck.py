@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from train.checkpoint.findings import Ability, Findings, inner_damage, is_finite
+from train.checkpoint.findings import Ability, Findings, has_inner_checksums, inner_damage, is_finite
 from train.checkpoint.megatron import fsck_optimizer, fsck_weights, reader, reshape
 from train.checkpoint.megatron.saved_layout import FILE_PATTERNS, SavedLayout, read_layout
-from train.checkpoint_files import recorded
+from train.checkpoint_files import FILES, recorded
 from train.checkpoint_folders import GOLDEN_LOGITS
 from train.errors import UserError
 
@@ -58,6 +58,12 @@ def inspect(folder: Path) -> Findings:
         )
         files = [name for name in layout.expected_files() if (folder / name).is_file()]
         problems += [problem for name in files for problem in inner_damage(folder, name)]
+        without = [name for name in files if not has_inner_checksums(folder, name)]
+        if without:
+            notes.append(
+                f"{len(without)} of {len(files)} .pt files hold no checksums either, as runs of this project write them"
+                f" beside {FILES}, which is lost: values that changed in them are not found; copy {FILES} back"
+            )
     problems += _ranks(layout)
     problems += fsck_weights.problems(layout)
     if layout.zero_stage:
