@@ -10,8 +10,15 @@ from pathlib import Path
 
 import pytest
 
+_LONGEST = ("test_docs.py", "test_demo.py")
+
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side; threads of theirs would wait for each other, spinning
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, so that at the end no worker has minutes of work while another has none."""
+    items.sort(key=lambda item: item.path.name not in _LONGEST)
 
 
 @pytest.fixture(scope="session")
