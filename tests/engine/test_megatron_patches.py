@@ -172,11 +172,13 @@ def test_what_is_not_called_is_not_imported(engine_path: str, tmp_path: Path, mo
         "import json, sys; from megatron import training; from megatron.tokenizer import tokenizer;"
         " spared = [name for name in ('transformers', 'wandb', 'torchvision') if name not in sys.modules];"
         " found = type(tokenizer.AutoTokenizer.from_pretrained(os.environ['TOKENIZER'])).__name__;"
-        " import transformers, wandb; print(json.dumps([spared, found, hasattr(transformers, 'AutoModel'), wandb.run]))"
+        " kept = training.wandb.define_metric; import transformers, wandb;"
+        " is_whole = hasattr(transformers, 'AutoModel') and kept is wandb.define_metric;"
+        " print(json.dumps([spared, found, is_whole]))"
     )
     with_all = in_a_rank(code, engine_path, disabled="")
     assert with_all.returncode == 0, with_all.stderr[-2000:]
-    spared, found, is_whole, _ = json.loads(with_all.stdout.splitlines()[-1])
+    spared, found, is_whole = json.loads(with_all.stdout.splitlines()[-1])
     assert spared == ["transformers", "wandb", "torchvision"] and "Tokenizer" in found and is_whole
     without = in_a_rank(code, engine_path, disabled="spare-imports")
     assert json.loads(without.stdout.splitlines()[-1])[0] == ["torchvision"], without.stderr[-2000:]

@@ -27,10 +27,24 @@ class _LaterTokenizer:
         return AutoTokenizer.from_pretrained(*names, **options)
 
 
+def _later(name: str) -> types.ModuleType:
+    """A module that imports the real one when it is asked for something."""
+    module = types.ModuleType(name)
+    module.__spec__ = importlib.util.find_spec(name)  # others ask whether it is there
+
+    def of_the_real_one(attribute: str) -> Any:
+        if sys.modules.get(name) is module:  # the importing itself asks
+            raise AttributeError(f"module {name!r} has no attribute {attribute!r} yet")
+        return getattr(importlib.import_module(name), attribute)
+
+    setattr(module, "__getattr__", of_the_real_one)  # noqa: B010
+    return module
+
+
 @contextmanager
-def _instead(name: str, module: types.ModuleType | None) -> Iterator[None]:
-    """While inside, `import name` gives this module; None makes it fail."""
-    sys.modules[name] = module  # type: ignore[assignment]
+def _instead(name: str, module: types.ModuleType) -> Iterator[None]:
+    """While inside, `import name` gives this module."""
+    sys.modules[name] = module
     try:
         yield
     finally:
@@ -55,14 +69,13 @@ def _apply(_run: Run) -> str:
             compiler.compile = given
         spared.append("torch's compiler")
     if "transformers" not in sys.modules and "megatron.tokenizer.tokenizer" not in sys.modules:
-        module = types.ModuleType("transformers")
-        module.__spec__ = importlib.util.find_spec("transformers")  # others ask whether it is there
+        module = _later("transformers")
         setattr(module, "AutoTokenizer", _LaterTokenizer)  # noqa: B010
         with _instead("transformers", module):
             importlib.import_module("megatron.tokenizer.tokenizer")
         spared.append("transformers")
-    if "wandb" not in sys.modules and "megatron.training" not in sys.modules:
-        with _instead("wandb", None):
+    if stand_in.is_importable("wandb") and not {"wandb", "megatron.training"} & set(sys.modules):
+        with _instead("wandb", _later("wandb")):
             importlib.import_module("megatron.training")
         spared.append("wandb")
     return f"imported only when needed: {', '.join(spared)}" if spared else ""
