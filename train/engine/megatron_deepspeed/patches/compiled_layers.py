@@ -18,7 +18,7 @@ from train.engine.megatron_deepspeed import (
     transformer_layer,
     travelling_products,
 )
-from train.engine.megatron_deepspeed.patches import Patch, Run
+from train.engine.megatron_deepspeed.patches import FORCED_VARIABLE, Patch, Run
 from train.engine.megatron_deepspeed.transformer_layer import InParts, LayerShape, LayerWeights
 from train.errors import UserError
 
@@ -152,10 +152,8 @@ def _layer_function(run_compiled: Any, mpu: Any, mappings: Any, args: Any) -> An
         exchanges, gather = exchange.shares(group), mappings.reduce_scatter_to_sequence_parallel_region
     else:
         exchanges, gather = exchange.sums(group), mappings.reduce_from_tensor_model_parallel_region
-    if _lets_products_travel and args.sequence_parallel and not linear.is_float8():
-        travelling = _travelling(group, exchanges)
-        if travelling is not None:
-            return travelling_products.layer(travelling, run_compiled)
+    if _lets_products_travel and args.sequence_parallel:
+        return travelling_products.layer(_travelling(group, exchanges), run_compiled)
     in_parts = InParts(column_linear.column_linear(exchanges, run_compiled), gather, run_compiled).layer()
     if not _halves_batches:
         return in_parts
@@ -169,12 +167,21 @@ def _layer_function(run_compiled: Any, mpu: Any, mappings: Any, args: Any) -> An
     return run
 
 
-def _travelling(group: Any, exchanges: exchange.Exchanges) -> travelling_products.Travelling | None:
+def _travelling(group: Any, exchanges: exchange.Exchanges) -> travelling_products.Travelling:
+    """Refuses where they cannot travel: they were asked for by name, and a measurement would be of something else."""
     from deepspeed.accelerator import get_accelerator
 
+    asked = f"{FORCED_VARIABLE}: travelling-products"
+    if linear.is_float8():
+        raise UserError(f"{asked} and --float8 exclude each other: leave one of them out.")
     if get_accelerator().device_name() != "cuda":
         return travelling_products.one_after_the_other(exchanges)
-    return travelling_products.symmetric(group) if travelling_products.is_possible(group) else None
+    if not travelling_products.is_possible(group):
+        raise UserError(
+            f"{asked}: the tensor ranks do not all stand on one node with GPUs that read each other's memory: leave it"
+            " out."
+        )
+    return travelling_products.symmetric(group)
 
 
 def _apply(run: Run) -> str:
