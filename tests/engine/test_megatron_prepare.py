@@ -292,6 +292,8 @@ def test_layout_is_an_equation() -> None:
         "world size 8 = 2 tensor x 2 pipeline x 2 data parallel; global batch 16 = 2 micro batch x 2 data parallel x 4"
         " accumulation steps"
     )
+    split = recipe(tensor_parallel_size=2, sequence_parallel=True)
+    assert prepare.layout(split, allocation(2)).endswith("accumulation steps; sequence parallel")
 
 
 @pytest.mark.parametrize(

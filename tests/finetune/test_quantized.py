@@ -66,7 +66,7 @@ def test_an_adapter_on_a_packed_base_learns_is_proven_and_merges(bits: int, base
     assert results["method"] == "lora" and results["last_loss"] < 0.2 < 4 < results["first_loss"]
     record = verification.require(tmp_path / "out")
     assert record["weights"]["max_abs_difference"] == 0 and record["weights"]["adapted_and_changed"] == 14
-    assert record["logits"]["relative_difference"] <= record["logits"]["tolerance"] == 0.25
+    assert record["logits"]["relative_difference"] <= record["logits"]["tolerance"] == 0.1
     asked = GenerateSettings(model_name_or_path=str(tmp_path / "out" / "merged"), prompt="-", max_new_tokens=40,
                              device="cpu")  # fmt: skip
     said = [answer.answer for answer in answers(asked, ["what is cat?", "what is sky?"])]

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# bitsandbytes computes by other kernels in training than here: 0.003 (4 bits) to 0.012 (8) were seen on small models
-_PACKED_TOLERANCE = 0.25
+# bitsandbytes computes by other kernels in training than here: 0.003 to 0.036 were seen on small models
+_PACKED_TOLERANCE = 0.1
 
 
 def save(model: Any, tensors: Mapping[str, Tensor], to: Path) -> None:

@@ -51,7 +51,7 @@ def layout(recipe: PretrainRecipe, allocation: Allocation) -> str:
     return (
         f"world size {world} = {tensor} tensor x {pipeline} pipeline x {data:g} data parallel; global batch"
         f" {training.global_batch_size} = {training.micro_batch_size} micro batch x {data:g} data parallel x {steps:g}"
-        " accumulation steps"
+        f" accumulation steps{'; sequence parallel' if parallel.sequence_parallel else ''}"
     )
 
 
