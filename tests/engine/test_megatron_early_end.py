@@ -84,7 +84,7 @@ def test_without_the_patch_nothing_is_saved(corpus: Path, output: Path, launch: 
 def test_sigterm_during_start_up_ends_it_at_once(
     corpus: Path, output: Path, project_root: Path, tmp_path: Path
 ) -> None:
-    variables = signal_at.moment(tmp_path, r"^import megatron\.training ", to="nobody")
+    variables = signal_at.moment(tmp_path, r"^open .*/megatron/(__pycache__/)?training\.", to="nobody")
     words = flags(corpus, output, job_name="begun", **SHAPE, **PP2)
     argv = [sys.executable, str(project_root / "scripts" / SCRIPT), *words]
     code, said = signal_at.sigterm_when_reached(tmp_path, argv, variables)
