@@ -128,7 +128,9 @@ def test_a_run_that_fails_says_why(tmp_path, capfd):
 def test_another_starter_numbers_the_ranks_and_its_failure_is_told(tmp_path, capfd, starter):
     module = tmp_path / "worker.py"
     module.write_text(
-        "import os, sys, time\nprint('rank', os.environ['RANK'], os.environ['WORLD_SIZE'], sys.argv[1:], flush=True)\n"
+        "import os, sys, time\n"
+        "told = f\"rank {os.environ['RANK']} {os.environ['WORLD_SIZE']} {sys.argv[1:]}\\n\"\n"
+        "os.write(1, told.encode())\n"  # at once: two ranks share the log
         "time.sleep(1)\nsys.exit(os.environ['RANK'] == '1' and 'the cause')\n"
     )
     command = Command((sys.executable, "-m", "worker", "a b"), {"DS_ACCELERATOR": "cpu"}, working_dir=tmp_path)
