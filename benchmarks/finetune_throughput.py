@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -71,13 +70,9 @@ def _write_inputs(settings: ThroughputSettings) -> None:
 def _run(settings: ThroughputSettings, run: Run) -> dict[str, Any]:
     shutil.rmtree(run.folder, ignore_errors=True)
     run.folder.mkdir(parents=True)
-    mark = uuid.uuid4().hex
-    command = process.Command(run.command.argv, {**run.command.environment, process.MARK: mark})
     began = time.monotonic()
-    try:
+    with process.marked(run.command) as (command, _):
         code, said = process.capture(command, timeout_s=settings.timeout_s)
-    finally:
-        process.kill_marked(mark)  # torchrun's workers have sessions of their own, and would keep their GPUs
     (run.folder / "output.txt").write_text(f"{run.command.text()}\n{said}", encoding="utf-8")
     row: dict[str, Any] = {"case": run.case, "side": run.side, "processes": run.processes}
     row["run_s"] = round(time.monotonic() - began, 1)

@@ -18,7 +18,6 @@ import statistics
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,11 +131,10 @@ def _run(
     runs = settings.output_dir / "runs" / name
     metrics = runs / "metrics" / "run.jsonl"
     metrics.unlink(missing_ok=True)
-    mark = uuid.uuid4().hex
-    waiting = _Watch(metrics, mark, last_step=0 if settings.save else settings.steps)
-    marked = process.Command(command.argv, {**command.environment, process.MARK: mark})
-    code, said = process.capture(marked, timeout_s=settings.timeout_s)
-    waiting.end()
+    with process.marked(command) as (marked, mark):
+        waiting = _Watch(metrics, mark, last_step=0 if settings.save else settings.steps)
+        code, said = process.capture(marked, timeout_s=settings.timeout_s)
+        waiting.end()
     runs.mkdir(parents=True, exist_ok=True)
     (runs / "output.txt").write_text(said, encoding="utf-8")
     shutil.rmtree(runs / "checkpoint", ignore_errors=True)  # tens of gigabytes that nobody wants

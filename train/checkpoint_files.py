@@ -4,7 +4,7 @@
     list(damage(folder))                       # by size: a moment
     list(damage(folder, contents=True))        # by checksum: reads every byte
 
-The checksum is CRC-32, from zlib. It finds every changed bit and every burst of up to 32 in a file of any length, and
+The checksum is CRC-32. It finds every changed bit and every burst of up to 32 in a file of any length, and
 any other change but one in 4 billion; a forger it does not stop, as no list beside the files could. Intel's isal takes
 it with the processor's own instructions, 8 GB/s per core where zlib, which stands in for it, takes 1.4, SHA-256 1.0 and
 BLAKE2b 0.7. Both let go of Python's lock, so that threads add up.

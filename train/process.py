@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -243,6 +243,19 @@ def _leave_terminal() -> None:
         if os.path.samestat(os.fstat(stream.fileno()), terminal):
             os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
+
+
+@contextlib.contextmanager
+def marked(command: Command) -> Iterator[tuple[Command, str]]:
+    """For `capture`: the command with a mark of its own, and the mark. Whatever it started ends with the block.
+
+    torchrun's workers, for one, have sessions of their own, and would keep their GPUs.
+    """
+    mark = uuid.uuid4().hex
+    try:
+        yield Command(command.argv, {**command.environment, MARK: mark}), mark
+    finally:
+        kill_marked(mark)
 
 
 def kill_marked(mark: str) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -139,6 +140,13 @@ def in_a_rank(code: str, engine_path: str, *, disabled: str) -> subprocess.Compl
     )
 
 
+def told_in_a_rank(code: str, engine_path: str, *, disabled: str = "") -> Any:
+    """What `code` prints last, as JSON."""
+    done = in_a_rank(code, engine_path, disabled=disabled)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 @pytest.mark.megatron
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NEEDED)
@@ -176,12 +184,9 @@ def test_what_is_not_called_is_not_imported(engine_path: str, tmp_path: Path, mo
         " is_whole = hasattr(transformers, 'AutoModel') and kept is wandb.define_metric;"
         " print(json.dumps([spared, found, is_whole]))"
     )
-    with_all = in_a_rank(code, engine_path, disabled="")
-    assert with_all.returncode == 0, with_all.stderr[-2000:]
-    spared, found, is_whole = json.loads(with_all.stdout.splitlines()[-1])
+    spared, found, is_whole = told_in_a_rank(code, engine_path)
     assert spared == ["transformers", "wandb", "torchvision"] and "Tokenizer" in found and is_whole
-    without = in_a_rank(code, engine_path, disabled="spare-imports")
-    assert json.loads(without.stdout.splitlines()[-1])[0] == ["torchvision"], without.stderr[-2000:]
+    assert told_in_a_rank(code, engine_path, disabled="spare-imports")[0] == ["torchvision"]
 
 
 @pytest.mark.megatron
@@ -193,9 +198,7 @@ def test_layer_norm_is_torchs_and_marks_its_weights(engine_path: str) -> None:
         " same = torch.equal(norm(x), torch.nn.functional.layer_norm(x, (8,), norm.weight, norm.bias, 1e-3));"
         " print(json.dumps([same, norm.weight.sequence_parallel, norm.bias.sequence_parallel]))"
     )
-    done = in_a_rank(code, engine_path, disabled="")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == [True, True, True]
+    assert told_in_a_rank(code, engine_path) == [True, True, True]
 
 
 def test_cpu_kernels_compute_upstreams_formulas() -> None:

@@ -48,7 +48,7 @@ def has_inner_checksums(folder: Path, name: str) -> bool:
     """Whether one of torch's files holds a CRC-32 of its parts; True for one that cannot be read, which is damaged."""
     try:
         with zipfile.ZipFile(folder / name) as archive:
-            return any(part.CRC for part in archive.infolist())
+            return _has_sums(archive)
     except Exception:  # whatever damaged bytes make of the reader
         return True
 
@@ -64,13 +64,16 @@ def inner_damage(folder: Path, name: str, *, contents: bool = True) -> Iterator[
     """
     try:
         with zipfile.ZipFile(folder / name) as archive:
-            has_sums = any(part.CRC for part in archive.infolist())
-            broken = archive.testzip() if contents and has_sums else None
+            broken = archive.testzip() if contents and _has_sums(archive) else None
     except Exception as error:  # whatever damaged bytes make of the reader
         yield f"{name}: truncated or damaged ({error})"
         return
     if broken is not None:
         yield f"{name}: its part {broken} is damaged (CRC-32)"
+
+
+def _has_sums(archive: zipfile.ZipFile) -> bool:
+    return any(part.CRC for part in archive.infolist())
 
 
 def is_finite(tensor: Tensor) -> bool:

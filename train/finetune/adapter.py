@@ -1,7 +1,7 @@
 """A LoRA adapter's folder: saved from the live model, whole or not at all, and proven by loading it anew.
 
     save(model, gathered_tensors, folder)                                        # in the first training rank
-    checks = prove(base_dir, folder, golden_logits_file)     # in the launcher
+    checks = prove(base_dir, folder, golden_logits_file)                         # in the launcher
 
 The folder is PEFT's: adapter_config.json, which names the base, and adapter_model.safetensors; beside them tokenizer,
 chat template and generation_config.json. Without a config.json, `AutoModelForCausalLM.from_pretrained` loads base and
@@ -144,9 +144,11 @@ def prove(base_dir: Path, adapter_dir: Path, golden_logits: Path, *, quantizatio
     config = json.loads((adapter_dir / CONFIG).read_text(encoding="utf-8"))
     input_ids, golden, computed_in = read_golden_logits(golden_logits)
 
+    is_packed = quantization is not None
+
     def logits_in(dtype: str) -> Tensor:
         # a packed base computes in a type of its own
-        cast = model if quantization is not None else model.to(getattr(torch, dtype))
+        cast = model if is_packed else model.to(getattr(torch, dtype))
         with torch.no_grad():
             logits: Tensor = cast(input_ids=input_ids, use_cache=False).logits.float()
         return logits
@@ -157,10 +159,9 @@ def prove(base_dir: Path, adapter_dir: Path, golden_logits: Path, *, quantizatio
         "measure": LOGITS_MEASURE,
         "tokens": input_ids.numel(),
         "golden_dtype": dtype,
-        **compare_logits(golden, dtype, logits_in),
+        **compare_logits(golden, dtype, logits_in, given_tolerance=_PACKED_TOLERANCE if is_packed else None),
+        **({"tolerance_is": "for a packed base, whose kernels are not the same"} if is_packed else {}),
     }
-    if quantization is not None:
-        record |= {"tolerance": _PACKED_TOLERANCE, "tolerance_is": "for a packed base, whose kernels are not the same"}
     problems = list(logits_problems(record, "the logits of base and adapter"))
     if not record["finite"]:
         problems.append("the logits of base and adapter hold NaN or infinity.")

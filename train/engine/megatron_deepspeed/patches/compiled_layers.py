@@ -72,6 +72,7 @@ def is_plain(args: Any) -> bool:
 
 
 _halves_batches = False
+_lets_products_travel = False
 _is_installed = False
 
 
@@ -84,9 +85,6 @@ def halve_batches() -> None:
     """Lets tensor ranks exchange one half of a micro batch while they compute the other (half_batches.py)."""
     global _halves_batches
     _halves_batches = True
-
-
-_lets_products_travel = False
 
 
 def let_products_travel() -> None:

@@ -20,9 +20,8 @@ def _apply(_run: Run) -> str:
     if adam is torch.optim.Adam:
         megatron.optimizer.Adam = torch.optim.AdamW
         return "megatron.optimizer.Adam: torch's AdamW, as apex's FusedAdam computes"
-    if (
-        getattr(adam, "__module__", "").split(".")[0] == "apex"
-    ):  # the real one: where there is none it is torch's by now
+    # the real apex: where there is none it is torch's by now
+    if getattr(adam, "__module__", "").split(".")[0] == "apex":
         megatron.optimizer.Adam = functools.partial(torch.optim.AdamW, fused=True)
         return "megatron.optimizer.Adam: torch's AdamW (fused), whose checkpoints go on with and without apex"
     return ""
