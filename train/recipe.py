@@ -217,6 +217,9 @@ class LoggingSettings:
     """Who is told."""
 
     log_interval: int = setting(10, help="optimizer steps between progress lines")
+    profile_step: int = setting(
+        0, help="optimizer step of which every rank records where its time goes, for show_profile.sh; 0 records none"
+    )
     log_optimizer_state: bool = setting(False, help="log norms of the optimizer state (Megatron-DeepSpeed)")
     use_wandb: bool = setting(False, help="log to Weights & Biases; offline when there is no login")
     wandb_entity: str | None = setting(None, help="W&B user or team; switches W&B on")
@@ -227,6 +230,8 @@ class LoggingSettings:
     def problems(self) -> Iterator[str]:
         if self.log_interval < 1:
             yield f"--log_interval {self.log_interval}: it must be at least 1."
+        if self.profile_step < 0:
+            yield f"--profile_step {self.profile_step}: it must be 0 (none) or a step's number."
         if self.wandb_group and len(self.wandb_group) > 128:
             yield f"--wandb_group has {len(self.wandb_group)} characters, W&B takes 128: choose a shorter name."
 

@@ -9,6 +9,7 @@ output_model_dir/
     deepspeed_config/JOB.json        rendered from the recipe
     log/JOB_HOST_TIME.log            everything the ranks printed
     launch/JOB/                      the environment script by which every node starts, and the ssh configuration
+    profile/JOB/                     where the time of one step went, on every rank (--profile_step)
     tensorboard/JOB/
     wandb/
 """
@@ -97,6 +98,10 @@ class RunFolder:
     @property
     def tensorboard_dir(self) -> Path:
         return self.root / "tensorboard" / self.job_name
+
+    @property
+    def profile_dir(self) -> Path:
+        return self.root / "profile" / self.job_name
 
     @property
     def outcome(self) -> Path:

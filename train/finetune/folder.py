@@ -22,7 +22,16 @@ from train.finetune.settings import FinetuneSettings
 from train.settings import setting
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_KEPT_NAMES = ("log", "tensorboard", "wandb", "metrics.jsonl", "samples.jsonl", "recipe.yaml", "deepspeed_config.json")
+_KEPT_NAMES = (
+    "log",
+    "profile",
+    "tensorboard",
+    "wandb",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "recipe.yaml",
+    "deepspeed_config.json",
+)
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,11 @@ class FinetuneFolder:
     @property
     def deepspeed_config(self) -> Path:
         return self.root / "deepspeed_config.json"
+
+    @property
+    def profile_dir(self) -> Path:
+        """What `train.monitor.step_profile` recorded."""
+        return self.root / "profile"
 
     @property
     def train_examples(self) -> Path:

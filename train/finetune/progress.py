@@ -48,7 +48,7 @@ class Reporting(TrainerCallback):
         _log_if_due(state, control)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._counted_to = None  # saving and evaluating are not training
+        self.pause(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         logs = logs or {}
@@ -74,6 +74,10 @@ class Reporting(TrainerCallback):
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             checkpoint_mark(checkpoint).touch()
             print(f"step {state.global_step:,}: checkpoint saved", flush=True)
+        self.pause(state.global_step)
+
+    def pause(self, _step: int) -> None:
+        """Tells that something else than training, such as saving, takes time from here to the next step's begin."""
         self._counted_to = None
 
     def _count(self) -> None:

@@ -24,7 +24,16 @@ _AT_LEAST_ONE = (
     "logging_steps",
     "save_total_limit",
 )
-_NOT_NEGATIVE = ("num_processes", "weight_decay", "max_grad_norm", "save_steps", "eval_steps", "show_examples", "seed")
+_NOT_NEGATIVE = (
+    "num_processes",
+    "weight_decay",
+    "max_grad_norm",
+    "save_steps",
+    "eval_steps",
+    "show_examples",
+    "seed",
+    "profile_step",
+)
 
 
 @dataclass(frozen=True)
@@ -97,6 +106,9 @@ class FinetuneSettings:
     deepspeed: Path | None = setting(None, help="DeepSpeed JSON to use as it is, instead of zero_stage")
 
     logging_steps: int = setting(10, help="optimizer steps between progress lines")
+    profile_step: int = setting(
+        0, help="optimizer step of which every rank records where its time goes, for show_profile.sh; 0 records none"
+    )
     save_steps: int = setting(500, help="optimizer steps between checkpoints; 0 saves none")
     save_total_limit: int = setting(2, help="checkpoints kept until the run is over")
     eval_steps: int = setting(0, help="optimizer steps between evaluations; 0 evaluates after each epoch")

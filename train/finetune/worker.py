@@ -20,7 +20,7 @@ from train import settings as settings_module
 from train.errors import UserError, first_line, refuse
 from train.finetune import batch, lora, methods, modules, trainer_arguments
 from train.finetune.folder import FinetuneFolder, Plan
-from train.monitor import wandb_run
+from train.monitor import step_profile, wandb_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,6 +64,7 @@ def train(plan: Plan, folder: FinetuneFolder) -> None:
     from train.finetune import trainer as trainers
     from train.finetune.progress import Reporting
     from train.finetune.sample_answers import SampleAnswers
+    from train.monitor.step_profile_callback import RecordStep
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # what matters is checked, counted or raised here, in words that name our flags
@@ -91,6 +92,8 @@ def train(plan: Plan, folder: FinetuneFolder) -> None:
         dir=folder.root,
     )
     prompts = plan.finetune.sample_prompts
+    reporting = Reporting(folder.metrics, wandb)
+    profile = step_profile.of_this_rank(folder.profile_dir, plan.finetune.profile_step)
     trainer = trainers.FinetuneTrainer(
         folder=folder,
         model=model,
@@ -99,7 +102,8 @@ def train(plan: Plan, folder: FinetuneFolder) -> None:
         train_dataset=_examples(folder.train_examples),
         eval_dataset=_examples(folder.eval_examples) if plan.finetune.evaluates else None,
         callbacks=[
-            Reporting(folder.metrics, wandb),
+            *([RecordStep(profile, reporting.pause)] if profile else []),
+            reporting,
             *([EarlyStoppingCallback(patience)] if (patience := plan.finetune.early_stopping_patience) else []),
             *([SampleAnswers(folder.samples, tokenizer, prompts)] if prompts else []),
             SaveAndEnd(early, at_last_step=True),

@@ -21,7 +21,7 @@ from train.deepspeed_ops import quote_library_path
 from train.early_end import EndedEarlyError
 from train.engine.megatron_deepspeed import pass_through, patches
 from train.errors import UserError
-from train.monitor import wandb_run
+from train.monitor import step_profile, wandb_run
 from train.recipe import PretrainRecipe
 from train.run_folder import RunFolder
 
@@ -63,6 +63,7 @@ def _pretrain_watched(
         float8=recipe.training.float8,
         layers_per_stage=recipe.parallel.layers_per_stage,
         forced=patches.forced_names(os.environ),
+        profile=step_profile.of_this_rank(run_folder.profile_dir, recipe.logging.profile_step),
         watch=None if watched is None else lambda step, numbers: watched.log(dict(numbers), step=step),
     )
     try:

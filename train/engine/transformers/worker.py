@@ -15,7 +15,7 @@ from train import deepspeed_ops, early_end, outcome, settings
 from train.checkpoint_folders import remove_leftovers
 from train.data.blend import read_blend
 from train.data.gpt_dataset import GPTDataset
-from train.monitor import wandb_run
+from train.monitor import step_profile, wandb_run
 from train.monitor.progress import Progress
 from train.recipe import PretrainRecipe
 from train.run_folder import RunFolder
@@ -54,6 +54,7 @@ def pretrain(recipe: PretrainRecipe, run_folder: RunFolder) -> None:
     from train.early_end_callback import SaveAndEnd
     from train.engine.transformers.model import build_model, read_vocabulary
     from train.engine.transformers.trainer import PretrainTrainer, ProgressCallback, TokenSequences
+    from train.monitor.step_profile_callback import RecordStep
 
     transformers_logging.disable_progress_bar()
     arguments = training_arguments(recipe, run_folder)
@@ -82,6 +83,8 @@ def pretrain(recipe: PretrainRecipe, run_folder: RunFolder) -> None:
         config=settings.to_plain(recipe),
         dir=run_folder.root,
     )
+    profile = step_profile.of_this_rank(run_folder.profile_dir, recipe.logging.profile_step)
+    pause = progress.pause if progress is not None else lambda _: None
     trainer = PretrainTrainer(
         recipe=recipe,
         run_folder=run_folder,
@@ -89,7 +92,11 @@ def pretrain(recipe: PretrainRecipe, run_folder: RunFolder) -> None:
         args=arguments,
         train_dataset=TokenSequences(train_set),
         eval_dataset=None if evaluation_set is None else TokenSequences(evaluation_set),
-        callbacks=[ProgressCallback(run_folder, progress, watched), SaveAndEnd(early)],
+        callbacks=[
+            ProgressCallback(run_folder, progress, watched),
+            *([RecordStep(profile, pause)] if profile else []),
+            SaveAndEnd(early),
+        ],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=None if start is None else str(run_folder.step_dir(start)))

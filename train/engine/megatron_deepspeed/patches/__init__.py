@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train.errors import UserError
+from train.monitor.step_profile import StepProfile
 
 DISABLED_VARIABLE = "TRAIN_DISABLED_PATCHES"
 FORCED_VARIABLE = "TRAIN_FORCED_PATCHES"
@@ -69,6 +70,7 @@ class Run:
         float8: whether the layers' matrix products are to be made in float8.
         layers_per_stage: layers of each pipeline stage as the recipe has them; empty balances them.
         forced: patches for GPUs that are to run here all the same, without being compiled; for tests.
+        profile: records one of the steps on this rank; None records none.
         watch: receives a step and its numbers whenever there is a progress line; None where nobody watches.
     """
 
@@ -81,6 +83,7 @@ class Run:
     float8: bool = False
     layers_per_stage: tuple[int, ...] = ()
     forced: frozenset[str] = frozenset()
+    profile: StepProfile | None = None
     watch: Callable[[int, Mapping[str, float]], None] | None = None
 
 

@@ -45,6 +45,8 @@ def _apply(run: Run) -> str:
                     first_step=get_args().iteration,
                 )
             )
+        if run.profile is not None:
+            run.profile.after(get_args().iteration)
         return train(*others, **options)
 
     @functools.wraps(training_log)
@@ -67,6 +69,9 @@ def _apply(run: Run) -> str:
                 numbers = {"loss": mean, "lr": rate, "tokens": float(step * run.tokens_per_step)}
                 run.watch(step, numbers if norm is None else numbers | {"grad_norm": norm})
             since_last_line.clear()
+        if run.profile is not None and run.profile.after(step):
+            for line in lines:
+                line.pause(step)  # nor is that of a recording
         return result
 
     @functools.wraps(evaluate_and_print)
