@@ -21,6 +21,7 @@ from train.settings import setting
 _FILE = re.compile(r"step(\d+)_rank(\d+)\.json")
 _COLUMNS = 8
 _NAME_WIDTH = 90
+_GAPS = 10
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ def show(settings: ProfileSettings) -> int:
     print("\n".join(table(ranks)))
     print(f"\nlongest on rank {settings.rank}:\n")
     print("\n".join(longest(ranks[settings.rank])))
+    print(f"\nnothing ran longest on rank {settings.rank} between:\n")
+    print("\n".join(gaps(ranks[settings.rank])))
     trace = folder / f"step{step}_rank{settings.rank}.trace.json.gz"
     print(f"\nthe whole of it: open {shlex.quote(str(trace))} at https://ui.perfetto.dev")
     return 0
@@ -88,13 +91,27 @@ def longest(rank: Mapping[str, Any]) -> list[str]:
     """A Markdown table of the kernels that took the most time."""
     lines = ["| kernel | kind | calls | ms | |", "|---|---|---:|---:|---:|"]
     for kernel in rank["longest"]:
-        name = " ".join(kernel["name"].replace("|", "/").split())
-        name = name if len(name) <= _NAME_WIDTH else name[: _NAME_WIDTH - 3] + "..."
+        name = _short(kernel["name"], _NAME_WIDTH)
         share = kernel["seconds"] / rank["seconds"]
         lines.append(
             f"| `{name}` | {kernel['kind']} | {kernel['calls']:,} | {1000 * kernel['seconds']:,.1f} | {share:.1%} |"
         )
     return lines
+
+
+def gaps(rank: Mapping[str, Any]) -> list[str]:
+    """A Markdown table of the kernels between which nothing ran for longest."""
+    lines = ["| after | before | times | ms | |", "|---|---|---:|---:|---:|"]
+    for gap in rank["gaps"][:_GAPS]:
+        after, before = (_short(gap[name], _NAME_WIDTH // 2) for name in ("after", "before"))
+        share = gap["seconds"] / rank["seconds"]
+        lines.append(f"| `{after}` | `{before}` | {gap['calls']:,} | {1000 * gap['seconds']:,.1f} | {share:.1%} |")
+    return lines
+
+
+def _short(name: str, width: int) -> str:
+    name = " ".join(name.replace("|", "/").split())
+    return name if len(name) <= width else name[: width - 3] + "..."
 
 
 def _waiting(rank: Mapping[str, Any]) -> float:

@@ -61,6 +61,7 @@ class StepProfile:
         activity = ProfilerActivity.CUDA if _is_on_gpu() else ProfilerActivity.CPU
         self._profiler = profile(activities=[activity], schedule=order, on_trace_ready=self._export)
         self._profiler.start()
+        _wait_for_all()
 
     def _export(self, profiler: Any) -> None:
         self._trace.parent.mkdir(parents=True, exist_ok=True)
@@ -74,6 +75,7 @@ class StepProfile:
             outputs.write_text(self._summary, json.dumps(summary, indent=2) + "\n")
         except (OSError, ValueError) as error:  # a full disk, say: training itself goes on
             print(f"step {self._step:,} was not recorded: {error}", flush=True)
+        _wait_for_all()
 
 
 def of_this_rank(folder: Path, step: int) -> StepProfile | None:
@@ -85,6 +87,14 @@ def _is_on_gpu() -> bool:
     import torch
 
     return torch.cuda.is_initialized()
+
+
+def _wait_for_all() -> None:
+    """So that no rank's recording is taken for another one's step."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 def _wait_for_gpu() -> None:

@@ -13,10 +13,10 @@ import gzip
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 COMMUNICATION, OTHER, NOTHING = "communication", "other kernels", "nothing"
 # The first pattern that is in a kernel's name decides. Libraries of communication have names of their own, whatever
@@ -32,6 +32,8 @@ _PATTERNS = (
 # Where two run at once, the instant counts for the first of these.
 KINDS = (*(name for name, _ in _PATTERNS[1:]), OTHER, COMMUNICATION, NOTHING)
 _KINDS = tuple((name, re.compile(pattern, re.IGNORECASE)) for name, pattern in _PATTERNS)
+_LISTED = 20
+_Name = TypeVar("_Name")
 _ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 
 
@@ -102,8 +104,10 @@ def time_shares(events: Iterable[Event], *, seconds: float) -> dict[str, Any]:
     Returns:
         `seconds`; `kinds`: seconds of each kind in KINDS, which add up to the step; `hidden_communication`: seconds
         of communication beside which something was computed;
-        `longest`: the kernels that took the most time, each with `name`, `kind`, `calls` and `seconds`.
+        `longest`: the kernels that took the most time, each with `name`, `kind`, `calls` and `seconds`;
+        `gaps`: between which kernels there was nothing for longest, with `after`, `before`, `calls` and `seconds`.
     """
+    events = sorted(events, key=lambda event: event.start_us)
     named: dict[str, list[float]] = defaultdict(list)
     edges: list[tuple[float, int, str]] = []
     for event in events:
@@ -123,13 +127,32 @@ def time_shares(events: Iterable[Event], *, seconds: float) -> dict[str, Any]:
         before = time_us
     kinds = {name: us / 1e6 for name, us in spent.items()}
     kinds[NOTHING] = max(0.0, seconds - sum(kinds.values()))
-    longest = sorted(named.items(), key=lambda item: -sum(item[1]))[:20]
     return {
         "seconds": seconds,
         "kinds": kinds,
         "hidden_communication": hidden / 1e6,
         "longest": [
             {"name": name, "kind": kind_of(name), "calls": len(times), "seconds": sum(times) / 1e6}
-            for name, times in longest
+            for name, times in _most(named)
+        ],
+        "gaps": [
+            {"after": after, "before": before, "calls": len(times), "seconds": sum(times) / 1e6}
+            for (after, before), times in _most(_gaps(events))
         ],
     }
+
+
+def _gaps(events: Iterable[Event]) -> dict[tuple[str, str], list[float]]:
+    """Microseconds without any work, by the names of what ended before and began after; events in order."""
+    found: dict[tuple[str, str], list[float]] = defaultdict(list)
+    last: Event | None = None
+    for event in events:
+        if last is not None and event.start_us > last.end_us:
+            found[last.name, event.name].append(event.start_us - last.end_us)
+        if last is None or event.end_us > last.end_us:
+            last = event
+    return found
+
+
+def _most(named: Mapping[_Name, list[float]]) -> list[tuple[_Name, list[float]]]:
+    return sorted(named.items(), key=lambda item: -sum(item[1]))[:_LISTED]

@@ -1,6 +1,7 @@
 """The backward pass of GELU(values + bias) as one Triton kernel; imported on CUDA only (see `bias_gelu.py`).
 
-Formula: the tanh form, d/dy [0.5 y (1 + tanh u)], u = sqrt(2 / pi) (y + 0.044715 y^3).
+Formula: the tanh form, 0.5 y (1 + tanh u) = y s with s = 1 / (1 + exp(-2 u)), u = sqrt(2 / pi) (y + 0.044715 y^3);
+its derivative is s + 2 y s (1 - s) du/dy.
 """
 # no `from __future__ import annotations`: torch reads the operator's types, and Triton its constants, from annotations
 
@@ -20,20 +21,20 @@ def _kernel(  # type: ignore[no-untyped-def]
     column = tl.program_id(0) * block_columns + tl.arange(0, block_columns)
     inside = column < columns
     shift = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-    total = tl.zeros((block_columns,), dtype=tl.float32)
+    total = tl.zeros((block_rows, block_columns), dtype=tl.float32)
     for start in range(0, program_rows, block_rows):
         row = tl.program_id(1) * program_rows + start + tl.arange(0, block_rows)
         mask = (row < rows)[:, None] & inside[None, :]
         place = row[:, None].to(tl.int64) * columns + column[None, :]
         y = tl.load(values + place, mask=mask, other=0.0).to(tl.float32) + shift[None, :]
         g = tl.load(incoming + place, mask=mask, other=0.0).to(tl.float32)
-        u = 0.7978845608028654 * (y + 0.044715 * y * y * y)
-        t = 1.0 - 2.0 / (tl.exp(2.0 * u) + 1.0)
-        slope = 0.5 * (1.0 + t) + 0.5 * y * (1.0 - t * t) * 0.7978845608028654 * (1.0 + 0.134145 * y * y)
-        d = g * slope
+        squared = y * y
+        s = 1.0 / (1.0 + tl.exp(y * (-1.5957691216057308 - 0.07135481627260025 * squared)))
+        twice_slope_of_u = 1.5957691216057308 + 0.21406444881780076 * squared
+        d = g * (s + y * s * (1.0 - s) * twice_slope_of_u)
         tl.store(gradient + place, d.to(gradient.dtype.element_ty), mask=mask)
-        total += tl.sum(tl.where(mask, d, 0.0), axis=0)
-    tl.store(sums + tl.program_id(1) * columns + column, total, mask=inside)
+        total += d  # rows and columns outside were read as zeros
+    tl.store(sums + tl.program_id(1) * columns + column, tl.sum(total, axis=0), mask=inside)
 
 
 @triton_op("train::bias_gelu_backward", mutates_args={})

@@ -3,78 +3,46 @@
     column-parallel   y = join(x) W^T      dx = share(dy W)      dW = dy^T join(x)
     row-parallel      y = share(x W^T)     dx = join(dy) W       dW = join(dy)^T x
 
-`join` puts the ranks' shares of the sequence together, `share` sums over the ranks and leaves each its share. torch
-(torch.distributed._symmetric_memory) cuts such a product by ranks and copies one part out of the neighbour's memory
-while it multiplies another; https://arxiv.org/abs/2105.05720 is the idea.
+`join` puts the ranks' shares of the sequence together, `share` sums over the ranks and leaves each its share. A product
+is cut by ranks, and one part computed while the other one travels (symmetric_products.py);
+https://arxiv.org/abs/2105.05720 is the idea.
 """
 
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from train.engine.megatron_deepspeed import transformer_layer
 from train.engine.megatron_deepspeed.exchange import Exchanges
 from train.engine.megatron_deepspeed.transformer_layer import LayerShape, LayerWeights
 
 
-@dataclass(frozen=True)
-class Travelling:
-    """The two products; tensors are [sequence, batch, width], matrices [inputs, outputs].
+class Travelling(Protocol):
+    """The two products; tensors are [sequence, batch, width], matrices [inputs, outputs]."""
 
-    Attributes:
-        join_times: (a share, a matrix) -> (the whole, the whole times the matrix).
-        times_share: (the whole, a matrix) -> the share of their product, summed over the ranks.
-    """
+    def join_times(self, share: Any, matrix: Any, bias: Any = None) -> tuple[Any, Any]:
+        """A share -> the whole, and the whole times the matrix, plus the bias."""
 
-    join_times: Callable[[Any, Any], tuple[Any, Any]]
-    times_share: Callable[[Any, Any], Any]
+    def times_share(self, whole: Any, matrix: Any) -> Any:
+        """The whole -> the share of its product with the matrix, summed over the ranks."""
 
 
-def symmetric(group: Any) -> Travelling:
-    """By torch's symmetric memory, over NVLink."""
-    import torch
-    from torch.distributed import _symmetric_memory
+class OneAfterTheOther:
+    """The same results by collectives and products in turn, where GPUs share no memory: for tests."""
 
-    name = group.group_name
-    _symmetric_memory.enable_symm_mem_for_group(name)
-    operations = torch.ops.symm_mem
+    def __init__(self, exchanges: Exchanges) -> None:
+        assert exchanges.gather_back is not None
+        self._join, self._share = exchanges.gather_back, exchanges.gather
 
-    def join_times(share: Any, matrix: Any) -> tuple[Any, Any]:
-        whole, (product,) = operations.fused_all_gather_matmul(share, [matrix], 0, name)
-        return whole, product
+    def join_times(self, share: Any, matrix: Any, bias: Any = None) -> tuple[Any, Any]:
+        whole = self._join(share).wait()
+        product = whole @ matrix
+        return whole, product if bias is None else product + bias
 
-    def times_share(whole: Any, matrix: Any) -> Any:
-        return operations.fused_matmul_reduce_scatter(whole, matrix, "sum", 0, name)
-
-    return Travelling(join_times, times_share)
-
-
-def one_after_the_other(exchanges: Exchanges) -> Travelling:
-    """The same results by collectives and products in turn, where there is no symmetric memory: for tests."""
-    assert exchanges.gather_back is not None
-    join, share = exchanges.gather_back, exchanges.gather
-
-    def join_times(values: Any, matrix: Any) -> tuple[Any, Any]:
-        whole = join(values).wait()
-        return whole, whole @ matrix
-
-    return Travelling(join_times, lambda whole, matrix: share(whole @ matrix).wait())
-
-
-def is_possible(group: Any) -> bool:
-    """Whether all ranks of a group stand on this node, on GPUs that read each other's memory."""
-    import torch
-
-    ranks, local = torch.distributed.get_world_size(group), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    own, devices = torch.cuda.current_device(), torch.cuda.device_count()
-    first = torch.distributed.get_process_group_ranks(group)[0]
-    is_one_node = first // local == torch.distributed.get_process_group_ranks(group)[-1] // local
-    others = (other for other in range(devices) if other != own)
-    return 1 < ranks <= devices and is_one_node and all(torch.cuda.can_device_access_peer(own, x) for x in others)
+    def times_share(self, whole: Any, matrix: Any) -> Any:
+        return self._share(whole @ matrix).wait()
 
 
 @functools.cache
@@ -83,11 +51,11 @@ def _column() -> Any:
 
     class Column(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, travelling: Travelling, share: Any, weight: Any, bias: Any) -> Any:
-            whole, product = travelling.join_times(share.contiguous(), weight.t())
-            ctx.travelling, ctx.has_bias = travelling, bias is not None
+        def forward(ctx: Any, travelling: Travelling, sum_rows: Any, share: Any, weight: Any, bias: Any) -> Any:
+            whole, product = travelling.join_times(share, weight.t(), bias)
+            ctx.travelling, ctx.sum_rows, ctx.has_bias = travelling, sum_rows, bias is not None
             ctx.save_for_backward(whole, weight)
-            return product if bias is None else product.add_(bias)
+            return product
 
         @staticmethod
         def backward(ctx: Any, *gradients: Any) -> Any:
@@ -95,8 +63,8 @@ def _column() -> Any:
             gradient = gradients[0].contiguous()
             entering = ctx.travelling.times_share(gradient, weight)
             rows = gradient.flatten(0, -2)
-            of_bias = rows.sum(dim=0) if ctx.has_bias else None
-            return None, entering, rows.t() @ whole.flatten(0, -2), of_bias
+            of_bias = ctx.sum_rows(rows) if ctx.has_bias else None
+            return None, None, entering, rows.t() @ whole.flatten(0, -2), of_bias
 
     return Column
 
@@ -108,7 +76,6 @@ def _row() -> Any:
     class Row(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, travelling: Travelling, whole: Any, weight: Any) -> Any:
-            whole = whole.contiguous()
             ctx.travelling = travelling
             ctx.save_for_backward(whole, weight)
             return travelling.times_share(whole, weight.t())
@@ -116,10 +83,14 @@ def _row() -> Any:
         @staticmethod
         def backward(ctx: Any, *gradients: Any) -> Any:
             whole, weight = ctx.saved_tensors
-            gradient, entering = ctx.travelling.join_times(gradients[0].contiguous(), weight)
+            gradient, entering = ctx.travelling.join_times(gradients[0], weight)
             return None, entering, gradient.flatten(0, -2).t() @ whole.flatten(0, -2)
 
     return Row
+
+
+def _sum_rows(rows: Any) -> Any:
+    return rows.sum(dim=0)
 
 
 def _activated(inside: Any, weights: LayerWeights, shape: LayerShape) -> Any:
@@ -128,7 +99,7 @@ def _activated(inside: Any, weights: LayerWeights, shape: LayerShape) -> Any:
 
 def layer(travelling: Travelling, run_compiled: Callable[[Any], Any]) -> Callable[..., Any]:
     """The function that computes a layer whose ranks split the sequence, as `transformer_layer.whole` does."""
-    column = functools.partial(_column().apply, travelling)
+    column = functools.partial(_column().apply, travelling, run_compiled(_sum_rows))
     row = functools.partial(_row().apply, travelling)
     parts = transformer_layer
     first, attention, middle, activated, last = map(

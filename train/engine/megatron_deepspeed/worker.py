@@ -61,6 +61,7 @@ def _pretrain_watched(
         engine_commit=engine_commit,
         attention=recipe.parallel.attention,
         float8=recipe.training.float8,
+        splits_sequence=recipe.parallel.tensor_parallel_size > 1 and bool(recipe.parallel.sequence_parallel),
         layers_per_stage=recipe.parallel.layers_per_stage,
         forced=patches.forced_names(os.environ),
         profile=step_profile.of_this_rank(run_folder.profile_dir, recipe.logging.profile_step),

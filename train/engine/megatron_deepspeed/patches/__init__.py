@@ -32,6 +32,7 @@ _MODULES = (
     "memory_reports",
     "cpu_layer_norm",
     "decoupled_weight_decay",
+    "batch_broadcast",
     "contiguous_attention",
     "cpu_kernels",
     "flash_attention",
@@ -68,6 +69,7 @@ class Run:
         engine_commit: upstream's commit, noted beside the golden logits.
         attention: the recipe's attention kernel: "sdpa", "flash_attention_2" or "eager".
         float8: whether the layers' matrix products are to be made in float8.
+        splits_sequence: whether several tensor ranks hold a share of the sequence each (`--sequence_parallel`).
         layers_per_stage: layers of each pipeline stage as the recipe has them; empty balances them.
         forced: patches for GPUs that are to run here all the same, without being compiled; for tests.
         profile: records one of the steps on this rank; None records none.
@@ -81,6 +83,7 @@ class Run:
     engine_commit: str = "unknown"
     attention: str = "sdpa"
     float8: bool = False
+    splits_sequence: bool = False
     layers_per_stage: tuple[int, ...] = ()
     forced: frozenset[str] = frozenset()
     profile: StepProfile | None = None

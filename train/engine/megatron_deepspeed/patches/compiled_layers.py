@@ -15,6 +15,7 @@ from train.engine.megatron_deepspeed import (
     exchange,
     half_batches,
     linear,
+    symmetric_products,
     transformer_layer,
     travelling_products,
 )
@@ -72,7 +73,7 @@ def is_plain(args: Any) -> bool:
 
 
 _halves_batches = False
-_lets_products_travel = False
+_lets_products_travel = _must_travel = False
 _is_installed = False
 
 
@@ -87,10 +88,14 @@ def halve_batches() -> None:
     _halves_batches = True
 
 
-def let_products_travel() -> None:
-    """Lets tensor ranks that split the sequence compute while they exchange (travelling_products.py)."""
-    global _lets_products_travel
-    _lets_products_travel = True
+def let_products_travel(*, must: bool) -> None:
+    """Lets tensor ranks that split the sequence compute while they exchange (travelling_products.py).
+
+    Args:
+        must: whether a run where they cannot is refused: a measurement would be of something else.
+    """
+    global _lets_products_travel, _must_travel
+    _lets_products_travel, _must_travel = True, must
 
 
 def install(run_compiled: Any) -> None:
@@ -150,8 +155,9 @@ def _layer_function(run_compiled: Any, mpu: Any, mappings: Any, args: Any) -> An
         exchanges, gather = exchange.shares(group), mappings.reduce_scatter_to_sequence_parallel_region
     else:
         exchanges, gather = exchange.sums(group), mappings.reduce_from_tensor_model_parallel_region
-    if _lets_products_travel and args.sequence_parallel:
-        return travelling_products.layer(_travelling(group, exchanges), run_compiled)
+    travelling = _travelling(group, exchanges) if _lets_products_travel and args.sequence_parallel else None
+    if travelling is not None:
+        return travelling_products.layer(travelling, run_compiled)
     in_parts = InParts(column_linear.column_linear(exchanges, run_compiled), gather, run_compiled).layer()
     if not _halves_batches:
         return in_parts
@@ -165,21 +171,19 @@ def _layer_function(run_compiled: Any, mpu: Any, mappings: Any, args: Any) -> An
     return run
 
 
-def _travelling(group: Any, exchanges: exchange.Exchanges) -> travelling_products.Travelling:
-    """Refuses where they cannot travel: they were asked for by name, and a measurement would be of something else."""
+def _travelling(group: Any, exchanges: exchange.Exchanges) -> travelling_products.Travelling | None:
+    """None where products cannot travel: said, or refused where that was asked for by name."""
     from deepspeed.accelerator import get_accelerator
 
-    asked = f"{FORCED_VARIABLE}: travelling-products"
-    if linear.is_float8():
-        raise UserError(f"{asked} and --float8 exclude each other: leave one of them out.")
     if get_accelerator().device_name() != "cuda":
-        return travelling_products.one_after_the_other(exchanges)
-    if not travelling_products.is_possible(group):
+        return travelling_products.OneAfterTheOther(exchanges)
+    found = symmetric_products.of_group(group)
+    if found is None and _must_travel:
         raise UserError(
-            f"{asked}: the tensor ranks do not all stand on one node with GPUs that read each other's memory: leave it"
-            " out."
+            f"{FORCED_VARIABLE}: travelling-products: the tensor ranks do not all stand on one node with GPUs that read"
+            " each other's memory: leave it out."
         )
-    return travelling_products.symmetric(group)
+    return found
 
 
 def _apply(run: Run) -> str:

@@ -1,23 +1,28 @@
-"""Tensor ranks compute products while their operands travel. How: travelling_products.py.
-
-Not applied unless TRAIN_FORCED_PATCHES names it: it has not been shown to be faster yet.
-"""
+"""Tensor ranks compute products while their operands travel. How: travelling_products.py."""
 
 from __future__ import annotations
 
 import os
 
-from train.engine.megatron_deepspeed.patches import Patch, Run, compiled_layers
+from train.engine.megatron_deepspeed.patches import FORCED_VARIABLE, Patch, Run, compiled_layers
+from train.errors import UserError
 
+_NAME = "travelling-products"
 _QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 
 def _apply(run: Run) -> str:
-    if "travelling-products" not in run.forced:
+    from deepspeed.accelerator import get_accelerator
+
+    is_forced = _NAME in run.forced
+    if is_forced and run.float8:
+        raise UserError(f"{FORCED_VARIABLE}: {_NAME} and --float8 exclude each other: leave one of them out.")
+    on_cuda = get_accelerator().device_name() == "cuda"
+    if not is_forced and not (on_cuda and run.splits_sequence and not run.float8 and compiled_layers.is_installed()):
         return ""
-    compiled_layers.let_products_travel()
+    compiled_layers.let_products_travel(must=is_forced)
     _open_queues()
-    return "layers of several tensor ranks with sequence parallelism: products by symmetric memory"
+    return "layers of tensor ranks that split the sequence: products by symmetric memory, where the GPUs share theirs"
 
 
 def _open_queues() -> None:
@@ -38,7 +43,7 @@ def _open_queues() -> None:
 
 
 PATCH = Patch(
-    name="travelling-products",
+    name=_NAME,
     reason="tensor ranks wait for each other eight times a layer, forwards and backwards, a sixth of a step",
     affected="what compiled-layers is for, with sequence parallelism, on GPUs that read each other's memory",
     apply=_apply,
