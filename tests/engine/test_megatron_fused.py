@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -186,9 +184,7 @@ def test_products_travel_where_the_sequence_is_split(
 
 
 @pytest.mark.parametrize("must", [True, False])
-def test_where_products_cannot_travel_it_is_told(
-    must: bool, one_rank: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_products_cannot_travel_it_is_told(must: bool, one_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked for by name, going on without would be measured as if they had; by itself it goes on without."""
     from deepspeed import accelerator
 
