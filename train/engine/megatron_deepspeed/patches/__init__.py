@@ -45,6 +45,7 @@ _MODULES = (
     "balanced_stages",
     "gradient_accumulation",
     "gradient_reduction",
+    "early_reduction",
     "last_outputs",
     "rotary_positions",
     "sequence_parallel",

@@ -71,8 +71,8 @@ def _apply(_run: Run) -> str:
 
     @functools.wraps(reduce)
     def sum_and_reduce(self: Any) -> None:
+        reduce(self)  # first: it may have begun
         sum_together([parameter._hp_grad for parameter in summed_later], mpu.get_tensor_model_parallel_group())
-        reduce(self)
 
     gpt_model.GPTModelPipe.__init__ = build_and_sum
     PipelineEngine._bf16_reduce_grads = sum_and_reduce
