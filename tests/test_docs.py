@@ -28,6 +28,7 @@ CHAINS = [
         "docs/finetuning_data.md",
         "docs/evaluate.md",
         "docs/report.md",
+        "docs/profile.md",
         "docs/step5_upload_finetuned_model.md",
         "docs/megatron_deepspeed.md",
     ],

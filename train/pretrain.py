@@ -78,6 +78,8 @@ def pretrain(recipe: PretrainRecipe) -> int:
         if recipe.overwrite or run_folder.latest_step() is None:
             run_folder = _beginning(run_folder, recipe, engine)
         start = 0 if recipe.overwrite else run_folder.latest_step() or 0
+        if 0 < recipe.logging.profile_step <= start:
+            print(f"note: --profile_step {recipe.logging.profile_step}: the run goes on after it, and records nothing")
         stretches = run_identity.stretches(former, _layout(recipe, allocation), start)
         command = choose.engine(engine).prepare(_in_stages_of(run_folder.load, recipe), allocation, run_folder)
         _announce(recipe, engine, reason, allocation, run_folder)

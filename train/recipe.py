@@ -302,7 +302,7 @@ class PretrainRecipe:
             lr_decay_tokens=training.lr_decay_tokens or training.train_tokens,
         )
         recipe = dataclasses.replace(self, model=model, training=training)
-        refuse([*training.problems(), *recipe._shape_problems()])
+        refuse([*training.problems(), *recipe._shape_problems(), *recipe._step_problems()])
         data = dataclasses.replace(
             self.data,
             input_tokenizer_file=self.data.input_tokenizer_file.absolute(),
@@ -346,6 +346,13 @@ class PretrainRecipe:
             f"_mbs{training.micro_batch_size or 'auto'}_z{parallel.zero_stage}_tp{parallel.tensor_parallel_size}"
             f"_pp{parallel.pipeline_parallel_size}_seed{training.seed}"
         )
+
+    def _step_problems(self) -> Iterator[str]:
+        if self.logging.profile_step > self.train_steps:
+            yield (
+                f"--profile_step {self.logging.profile_step}: the run ends after step {self.train_steps:,}; name one of"
+                " its steps."
+            )
 
     def _shape_problems(self) -> Iterator[str]:
         model = self.model

@@ -75,6 +75,7 @@ def test_numbers_that_do_not_fit_each_other_are_refused(words, message):
         (["--tensor_parallel_size", "0"], "--tensor_parallel_size 0"),
         (["--wandb_group", "x" * 129], "W&B takes 128"),
         (["--log_interval", "0"], "--log_interval 0"),
+        (["--profile_step", "-1"], "--profile_step -1"),
         (["--keep_last", "-1"], "--keep_last -1"),
         (["--num_layers", "0"], "--num_layers 0"),
         (["--lr", "0"], "--lr 0.0"),

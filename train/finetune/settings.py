@@ -194,6 +194,8 @@ class FinetuneSettings:
             yield f"--eval_steps {self.eval_steps} has no effect without --eval_data_files or --eval_size: add one."
         if self.seed > LARGEST_SEED:
             yield f"--seed {self.seed}: it must be at most {LARGEST_SEED}."
+        if 0 < self.max_steps < self.profile_step:
+            yield f"--profile_step {self.profile_step}: the run ends after --max_steps {self.max_steps}."
         if "" in self.additional_special_tokens:
             yield "--additional_special_tokens: a token is empty; name the tokens, or leave the flag out."
         yield from methods.problems(self)

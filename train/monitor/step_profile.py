@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ class StepProfile:
         self._step = step
         self._trace = folder / f"step{step}_rank{rank}.trace.json.gz"
         self._summary = folder / f"step{step}_rank{rank}.json"
+        self._leads = rank == 0
         self._profiler: Any = None
         self._began_at = 0.0
 
@@ -57,7 +59,10 @@ class StepProfile:
         from torch.profiler import ProfilerActivity, profile, schedule
 
         _wait_for_gpu()
-        order = schedule(wait=0, warmup=int(warm_up), active=1, repeat=1)
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it writes two lines a rank about itself
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a run that goes on just before the step: no warm-up
+            order = schedule(wait=0, warmup=int(warm_up), active=1, repeat=1)
         activity = ProfilerActivity.CUDA if _is_on_gpu() else ProfilerActivity.CPU
         self._profiler = profile(activities=[activity], schedule=order, on_trace_ready=self._export)
         self._profiler.start()
@@ -73,6 +78,8 @@ class StepProfile:
         try:
             summary = {"step": self._step, **time_shares(read_events(self._trace), seconds=seconds)}
             outputs.write_text(self._summary, json.dumps(summary, indent=2) + "\n")
+            if self._leads:
+                print(f"step {self._step:,} was recorded: scripts/common/show_profile.sh shows it", flush=True)
         except (OSError, ValueError) as error:  # a full disk, say: training itself goes on
             print(f"step {self._step:,} was not recorded: {error}", flush=True)
         _wait_for_all()

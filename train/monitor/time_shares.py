@@ -39,11 +39,15 @@ _ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 
 @dataclass(frozen=True)
 class Event:
-    """One piece of work: its kernel's or operator's name, and from when to when it ran, in microseconds."""
+    """One piece of work: its kernel's or operator's name, and from when to when it ran, in microseconds.
+
+    `is_begin` is false for what an operator did after it had called another.
+    """
 
     name: str
     start_us: float
     end_us: float
+    is_begin: bool = True
 
 
 def kind_of(name: str) -> str:
@@ -79,19 +83,22 @@ def _own_time(events: list[Event]) -> Iterator[Event]:
     """Nested operators of one thread, cut into the stretches in which each was the innermost."""
     open_ones: list[Event] = []
     since = 0.0
+
+    def stretch(until: float) -> Event:
+        inner = open_ones[-1]
+        return Event(inner.name, since, max(since, until), is_begin=since == inner.start_us)
+
     for event in sorted(events, key=lambda one: (one.start_us, -one.end_us)):
         while open_ones and open_ones[-1].end_us <= event.start_us:
-            done = open_ones.pop()
-            yield Event(done.name, since, done.end_us)
-            since = done.end_us
+            yield stretch(open_ones[-1].end_us)
+            since = open_ones.pop().end_us
         if open_ones:
-            yield Event(open_ones[-1].name, since, event.start_us)
+            yield stretch(event.start_us)
         open_ones.append(event)
         since = event.start_us
     while open_ones:
-        done = open_ones.pop()
-        yield Event(done.name, since, max(since, done.end_us))
-        since = max(since, done.end_us)
+        yield stretch(open_ones[-1].end_us)
+        since = max(since, open_ones.pop().end_us)
 
 
 def time_shares(events: Iterable[Event], *, seconds: float) -> dict[str, Any]:
@@ -109,10 +116,12 @@ def time_shares(events: Iterable[Event], *, seconds: float) -> dict[str, Any]:
     """
     events = sorted(events, key=lambda event: event.start_us)
     named: dict[str, list[float]] = defaultdict(list)
+    calls: dict[str, int] = defaultdict(int)
     edges: list[tuple[float, int, str]] = []
     for event in events:
         kind = kind_of(event.name)
         named[event.name].append(event.end_us - event.start_us)
+        calls[event.name] += event.is_begin
         edges += [(event.start_us, 1, kind), (event.end_us, -1, kind)]
     spent: dict[str, float] = dict.fromkeys(KINDS, 0.0)
     running: dict[str, int] = dict.fromkeys(KINDS, 0)
@@ -132,7 +141,7 @@ def time_shares(events: Iterable[Event], *, seconds: float) -> dict[str, Any]:
         "kinds": kinds,
         "hidden_communication": hidden / 1e6,
         "longest": [
-            {"name": name, "kind": kind_of(name), "calls": len(times), "seconds": sum(times) / 1e6}
+            {"name": name, "kind": kind_of(name), "calls": calls[name], "seconds": sum(times) / 1e6}
             for name, times in _most(named)
         ],
         "gaps": [
