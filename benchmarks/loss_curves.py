@@ -31,9 +31,6 @@ _STYLE = (
     "text{font:12px sans-serif;fill:#444}polyline{fill:none;stroke-width:1.2}.grid{stroke:#ddd}"
     ".chart{background:#fff}circle{display:none}"
 )
-_PATCHES_FOR_SPEED = (
-    "compiled-fusions,compiled-layers,fused-cross-entropy,gradient-accumulation,gradient-reduction,last-outputs"
-)
 _SMOOTHED_STEPS = 25
 
 
@@ -50,7 +47,7 @@ class LossCurveSettings:
         "--sequence_length 1024 --micro_batch_size 16 --global_batch_size 64 --precision bf16 --zero_stage 1",
         help="further flags of pretrain.sh for both runs, in one text",
     )
-    switched_off: str = setting(_PATCHES_FOR_SPEED, help="patches that the second run trains without")
+    switched_off: str = setting("speed", help="patches that the second run trains without")
     other_flags: str = setting(
         "",
         help="further flags of pretrain.sh for the second run, such as '--float8 True'; both then have all patches",
@@ -167,7 +164,7 @@ def _problems(settings: LossCurveSettings) -> list[str]:
         problems.append(f"--gpus {' '.join(settings.gpus)}: two were expected, one for each run.")
     if settings.steps < 4:
         problems.append(f"--steps {settings.steps}: at least 4 were expected.")
-    if settings.other_flags and settings.switched_off != _PATCHES_FOR_SPEED:
+    if settings.other_flags and settings.switched_off != "speed":
         problems.append("--other_flags --switched_off: both say how the second run differs; leave one out.")
     return problems
 

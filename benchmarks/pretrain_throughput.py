@@ -44,8 +44,7 @@ class ThroughputSettings:
     warm_up_steps: int = setting(10, help="first steps that are not counted")
     cases: tuple[str, ...] = setting(
         (
-            "upstream: --micro_batch_size 8"
-            " ! TRAIN_DISABLED_PATCHES=compiled-fusions,compiled-layers,fused-cross-entropy",
+            "upstream: --micro_batch_size 8 ! TRAIN_DISABLED_PATCHES=speed",
             "defaults: --micro_batch_size 16",
             "transformers: --engine transformers --torch_compile True --micro_batch_size 8",
         ),

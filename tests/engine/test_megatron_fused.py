@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from megatron_tiny_run import flags, write_corpus
 
-from train.engine.megatron_deepspeed import checkout, column_linear, exchange, half_batches, transformer_layer
+from train.engine.megatron_deepspeed import checkout, column_linear, exchange, transformer_layer
 from train.engine.megatron_deepspeed.patches import (
     DISABLED_VARIABLE,
     FORCED_VARIABLE,
@@ -109,52 +109,6 @@ def test_a_column_parallel_linear_function_and_its_gradients(exchanges: Any, bia
         torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("exchanges", [exchange.sums, exchange.shares])
-@pytest.mark.parametrize("biased", [False, True])
-def test_two_half_batches_give_the_layer_and_its_gradients(exchanges: Any, biased: bool, one_rank: None) -> None:
-    import torch
-
-    shape = dataclasses.replace(SHAPE, activation="gelu_tanh") if biased else SHAPE
-    results = []
-    for layer in (half_batches.InHalves(exchanges(None), lambda it: it).layer(), transformer_layer.whole):
-        torch.manual_seed(3)
-        given = biased_weights() if biased else weights()
-        held = [value.requires_grad_() for value in dataclasses.astuple(given) if value is not None]
-        stream = torch.randn(6, 4, HIDDEN).requires_grad_()
-        output = layer(layer(2 * stream, given, None, None, shape), given, None, None, shape)
-        (output**2).mean().backward()
-        results.append([output, stream.grad, *(value.grad for value in held)])
-    assert len(results[0]) == (14 if biased else 8)
-    for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(("batch", "has_gradient", "halved"), [(4, True, True), (3, True, False), (4, False, False)])
-def test_only_batches_that_can_be_halved_are(
-    batch: int, has_gradient: bool, halved: bool, one_rank: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import torch
-
-    monkeypatch.setattr(compiled_layers, "_halves_batches", True)
-    none = types.SimpleNamespace(
-        get_tensor_model_parallel_world_size=lambda: 2, get_tensor_model_parallel_group=lambda: None,
-        reduce_from_tensor_model_parallel_region=lambda values: values, sequence_parallel=False,
-    )  # fmt: skip
-    compiled: list[str] = []
-
-    def noted(function: Any) -> Any:
-        return lambda *given: (compiled.append(function.__name__), function(*given))[1]
-
-    layer = compiled_layers._layer_function(noted, none, none, none)
-    stream = torch.randn(6, batch, HIDDEN, requires_grad=has_gradient)
-    torch.testing.assert_close(
-        layer(stream, weights_of_ones(), None, None, SHAPE),
-        transformer_layer.whole(stream, weights_of_ones(), None, None, SHAPE),
-    )
-    assert compiled.count("attention_of") == (0 if halved else 1)
-    assert compiled.count("enter") == int(halved)
-
-
 @pytest.mark.parametrize("splits", [True, False])
 def test_products_travel_where_the_sequence_is_split(
     splits: bool, one_rank: None, monkeypatch: pytest.MonkeyPatch
@@ -244,7 +198,7 @@ LAYOUTS: dict[str, dict[str, object]] = {
     "gpt_sp": {"micro_batch_size": 2, "tensor_parallel_size": 2, "sequence_parallel": True, "num_processes": 2},
     "bf16": {"precision": "bf16", "zero_stage": 1, "num_processes": 2, "micro_batch_size": 1},
 }
-_HALVES = "compiled-layers,half-batches,fused-cross-entropy"
+_IN_PARTS = "compiled-layers,fused-cross-entropy"
 _TRAVELLING = "compiled-layers,travelling-products,fused-cross-entropy"
 
 
@@ -254,7 +208,7 @@ _TRAVELLING = "compiled-layers,travelling-products,fused-cross-entropy"
 @pytest.mark.parametrize(
     ("name", "forced"),
     [
-        *((name, _HALVES) for name in LAYOUTS if name != "gpt_sp"),
+        *((name, _IN_PARTS) for name in LAYOUTS if name != "gpt_sp"),
         *((name, _TRAVELLING) for name in ("llama_sp", "gpt_sp")),
     ],
 )
@@ -264,7 +218,7 @@ def test_the_engine_trains_to_the_same_losses(name: str, forced: str, launch: An
     corpus = write_corpus(tmp_path)
     losses = []
     for job, environment in (
-        ("upstream", {DISABLED_VARIABLE: "cpu-kernels,gradient-reduction,last-outputs"}),
+        ("upstream", {DISABLED_VARIABLE: "cpu-kernels,speed"}),
         ("fused", {FORCED_VARIABLE: forced}),
     ):
         words = flags(corpus, tmp_path / "out", job_name=job, **LAYOUTS[name])

@@ -54,6 +54,11 @@ def test_every_patch_says_what_it_is_for() -> None:
 def test_patches_are_switched_off_by_name() -> None:
     names = patches.disabled_names({patches.DISABLED_VARIABLE: "torchvision, golden-logits"})
     assert names == {"torchvision", "golden-logits"} and patches.disabled_names({}) == frozenset()
+    fast = patches.disabled_names({patches.DISABLED_VARIABLE: "speed,torchvision"})
+    assert {"torchvision", "compiled-layers", "early-reduction", "batch-broadcast"} <= fast
+    assert not fast & {"speed", "apex", "sequence-parallel", "golden-logits"}
+    with pytest.raises(UserError, match="no patch is called speed"):
+        patches.forced_names({patches.FORCED_VARIABLE: "speed"})
     everything = frozenset(patch.name for patch in patches.all_patches())
     outcomes = patches.apply_all(patches.Run(), everything)
     assert {outcome.state for outcome in outcomes} == {"switched off"}

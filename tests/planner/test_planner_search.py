@@ -104,7 +104,7 @@ def test_the_plan_is_the_golden_one(launch) -> None:
 
 
 def test_the_flags_of_the_first_are_ones_that_pretrain_takes(launch, tmp_path: Path) -> None:
-    done = launch("step2_pretrain_model/plan.sh", "--model_size", "gpt_1.3B", "--num_gpus", "4", "--gpu_memory_gib", 12)
+    done = launch("step2_pretrain_model/plan.sh", "--model_size", "gpt_1.3B", "--num_gpus", "4", "--gpu_memory_gib", 10)
     assert done.returncode == 0, done.stderr
     flags = done.stdout.strip().splitlines()[-1].split()
     assert "--activation_checkpoint" in flags

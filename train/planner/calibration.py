@@ -23,4 +23,5 @@ TENSOR_OVERLAP = 0.6  # part of the tensor ranks' exchanges that products hide (
 COLLECTIVE_S = 20e-6  # start of one collective, estimated
 PIPELINE_HOP_S = 150e-6  # one send and receive of DeepSpeed's pipeline engine, estimated
 LAYER_LAUNCH_S = 0.7e-3  # Python and kernel launches of one layer, forward and backward: the GPU may wait, estimated
+LAYER_IN_PARTS_LAUNCH_S = 1.7e-3  # of one of tensor ranks, which is compiled in parts, estimated
 STEP_S = 15e-3  # data, log and Python around each step, estimated

@@ -18,6 +18,7 @@ from train.monitor.step_profile import StepProfile
 
 DISABLED_VARIABLE = "TRAIN_DISABLED_PATCHES"
 FORCED_VARIABLE = "TRAIN_FORCED_PATCHES"
+_FOR_SPEED = "speed"
 
 # Stand-ins for absent modules come first: the others import upstream's code.
 _MODULES = (
@@ -39,7 +40,6 @@ _MODULES = (
     "compiled_fusions",
     "compiled_layers",
     "float8",
-    "half_batches",
     "travelling_products",
     "fused_cross_entropy",
     "balanced_stages",
@@ -100,12 +100,14 @@ class Patch:
         reason: what goes wrong without it.
         affected: the versions or machines it is for.
         apply: changes upstream in memory; returns what it replaced, or "" when nothing had to be.
+        is_for_speed: whether training would come to the same without it, only later.
     """
 
     name: str
     reason: str
     affected: str
     apply: Callable[[Run], str]
+    is_for_speed: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,12 +125,14 @@ def all_patches() -> tuple[Patch, ...]:
 
 
 def disabled_names(environment: Mapping[str, str]) -> frozenset[str]:
-    """The patches that TRAIN_DISABLED_PATCHES switches off.
+    """The patches that TRAIN_DISABLED_PATCHES switches off; the word `speed` is all those that are for speed.
 
     Raises:
         UserError: a name is not a patch.
     """
-    return _names(environment, DISABLED_VARIABLE)
+    fast = frozenset(patch.name for patch in all_patches() if patch.is_for_speed)
+    given = _names(environment, DISABLED_VARIABLE, words=frozenset({_FOR_SPEED}))
+    return (given - {_FOR_SPEED}) | fast if _FOR_SPEED in given else given
 
 
 def forced_names(environment: Mapping[str, str]) -> frozenset[str]:
@@ -140,9 +144,9 @@ def forced_names(environment: Mapping[str, str]) -> frozenset[str]:
     return _names(environment, FORCED_VARIABLE)
 
 
-def _names(environment: Mapping[str, str], variable: str) -> frozenset[str]:
+def _names(environment: Mapping[str, str], variable: str, *, words: frozenset[str] = frozenset()) -> frozenset[str]:
     names = frozenset(name.strip() for name in environment.get(variable, "").split(",") if name.strip())
-    known = {patch.name for patch in all_patches()}
+    known = {patch.name for patch in all_patches()} | words
     if names - known:
         raise UserError(
             f"{variable}: no patch is called {', '.join(sorted(names - known))}; there are {', '.join(sorted(known))}."

@@ -65,4 +65,5 @@ PATCH = Patch(
     reason="before each micro batch the processor waits until the GPU has nothing left to do",
     affected="all upstream versions",
     apply=_apply,
+    is_for_speed=True,
 )

@@ -37,4 +37,5 @@ PATCH = Patch(
     reason="TorchScript no longer fuses bias + GELU and bias + dropout + add: a third of a step is lost",
     affected="all upstream versions, on CUDA with torch 2.2 and later",
     apply=_apply,
+    is_for_speed=True,
 )

@@ -13,7 +13,6 @@ from train.engine.megatron_deepspeed import (
     bias_gelu,
     column_linear,
     exchange,
-    half_batches,
     linear,
     symmetric_products,
     transformer_layer,
@@ -72,7 +71,6 @@ def is_plain(args: Any) -> bool:
     )
 
 
-_halves_batches = False
 _lets_products_travel = _must_travel = False
 _is_installed = False
 
@@ -80,12 +78,6 @@ _is_installed = False
 def is_installed() -> bool:
     """Whether the layers of plain runs are those of `transformer_layer`."""
     return _is_installed
-
-
-def halve_batches() -> None:
-    """Lets tensor ranks exchange one half of a micro batch while they compute the other (half_batches.py)."""
-    global _halves_batches
-    _halves_batches = True
 
 
 def let_products_travel(*, must: bool) -> None:
@@ -158,17 +150,7 @@ def _layer_function(run_compiled: Any, mpu: Any, mappings: Any, args: Any) -> An
     travelling = _travelling(group, exchanges) if _lets_products_travel and args.sequence_parallel else None
     if travelling is not None:
         return travelling_products.layer(travelling, run_compiled)
-    in_parts = InParts(column_linear.column_linear(exchanges, run_compiled), gather, run_compiled).layer()
-    if not _halves_batches:
-        return in_parts
-    in_halves = half_batches.InHalves(exchanges, run_compiled).layer()
-
-    def run(stream: Any, *others: Any) -> Any:
-        """Halves where there is something to be gained and a batch that can be halved."""
-        halves = stream.requires_grad and stream.shape[1] % 2 == 0
-        return (in_halves if halves else in_parts)(stream, *others)
-
-    return run
+    return InParts(column_linear.column_linear(exchanges, run_compiled), gather, run_compiled).layer()
 
 
 def _travelling(group: Any, exchanges: exchange.Exchanges) -> travelling_products.Travelling | None:
@@ -211,4 +193,5 @@ PATCH = Patch(
     reason="what stands between the matrix products of a layer runs as tens of small kernels",
     affected="6acc370a and earlier, on CUDA",
     apply=_apply,
+    is_for_speed=True,
 )

@@ -83,4 +83,5 @@ PATCH = Patch(
     reason="data-parallel ranks sum their gradients after the last backward pass, with nothing computed meanwhile",
     affected="DeepSpeed 0.19, bf16, pipeline module",
     apply=_apply,
+    is_for_speed=True,
 )

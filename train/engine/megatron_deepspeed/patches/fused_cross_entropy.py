@@ -103,4 +103,5 @@ PATCH = Patch(
     reason="upstream makes several fp32 copies of the logits: gigabytes, and ten passes over them",
     affected="all upstream versions, pipeline module, on CUDA",
     apply=_apply,
+    is_for_speed=True,
 )

@@ -54,4 +54,5 @@ PATCH = Patch(
     reason="each micro batch writes and reads an fp32 copy of every gradient, 1 % of a step",
     affected="DeepSpeed 0.19, bf16",
     apply=_apply,
+    is_for_speed=True,
 )

@@ -47,4 +47,5 @@ PATCH = Patch(
     reason="DeepSpeed copies all fp32 gradients three times over to reduce them, also where there is one rank alone",
     affected="DeepSpeed 0.19, bf16, pipeline module",
     apply=_apply,
+    is_for_speed=True,
 )

@@ -34,4 +34,5 @@ PATCH = Patch(
     reason="DeepSpeed keeps the logits of two micro batches where one is needed: gigabytes",
     affected="DeepSpeed 0.19, pipeline module",
     apply=_apply,
+    is_for_speed=True,
 )
