@@ -41,6 +41,8 @@ test-optional: install
 		bitsandbytes==0.50.2 torchao==0.18.0
 	PYTHONPATH="$$PWD/.cache/optional" "$(VENV_PYTHON)" -m pytest -n 2 --dist loadgroup \
 		tests/finetune/test_quantized.py tests/engine/test_megatron_float8.py
+	@"$(VENV_PYTHON)" -m pip install --quiet --no-deps --upgrade --target .cache/triton triton==3.9.0
+	PYTHONPATH="$$PWD/.cache/triton" TRITON_INTERPRET=1 "$(VENV_PYTHON)" -m pytest tests/engine/test_triton_kernels.py
 
 # one after the other: all share the same hosts
 test-system: install
