@@ -2,8 +2,8 @@
 
 recipe = settle(recipe, device="cuda")
 
-Tensor ranks on GPUs exchange the same bytes with it and keep less, so that a larger micro batch fits; and their products
-can travel: GPT 1.28B in TP2 on H200s trains at 539 TFLOP/s with it, 472 without (benchmarks/RESULTS.md).
+Tensor ranks on GPUs exchange the same bytes with it and keep less, so that a larger micro batch fits, and their
+products can travel: GPT 1.28B in TP2 on H200s trains at 539 TFLOP/s with it, 472 without (benchmarks/RESULTS.md).
 """
 
 from __future__ import annotations

@@ -103,6 +103,8 @@ def build_model(recipe: PretrainRecipe, vocabulary: Vocabulary) -> Any:
 
     config = build_config(recipe, vocabulary)
     config._attn_implementation = recipe.parallel.attention
+    if recipe.parallel.attention == "sdpa":
+        config._attn_implementation = _register_causal_attention()
     model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
     set_seed(recipe.training.seed)
     with torch.device("cpu"):
@@ -113,3 +115,18 @@ def build_model(recipe: PretrainRecipe, vocabulary: Vocabulary) -> Any:
     model.generation_config.bos_token_id = vocabulary.bos_id
     model.generation_config.pad_token_id = vocabulary.pad_id
     return model
+
+
+def _register_causal_attention() -> str:
+    """The name of transformers' own sdpa attention, for sequences without padding: causal by a flag, without a mask.
+
+    transformers leaves the mask out by itself, but not in a model that torch.compile sees: with it the kernels compute
+    the masked half, too, and a GPT of 1.3 billion parameters trained a fifth slower.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    name = "sdpa_without_padding"
+    AttentionInterface.register(name, sdpa_attention_forward)
+    AttentionMaskInterface.register(name, lambda *_, **__: None)
+    return name
