@@ -18,8 +18,8 @@ pytestmark = pytest.mark.slow
 def model(architecture: str, attention: str) -> Any:
     words = (
         "--input_tokenizer_file t --data_path d --output_model_dir o --train_tokens 1000 --global_batch_size 2"
-        f" --lr 1e-3 --num_layers 2 --hidden_size 64 --num_attention_heads 4 --sequence_length 32 --architecture {architecture}"
-        f" --attention {attention}"
+        " --lr 1e-3 --num_layers 2 --hidden_size 64 --num_attention_heads 4 --sequence_length 32"
+        f" --architecture {architecture} --attention {attention}"
     )
     recipe = settings.parse(PretrainRecipe, words.split(), program="pretrain.sh", description="").resolved()
     return build_model(recipe, Vocabulary(size=100, bos_id=1, eos_id=2, pad_id=3, end_of_document_id=2))

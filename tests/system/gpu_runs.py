@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,11 @@ def pretrain(corpus: Path, output: Path, **more: object) -> list[str]:
 
 def run(argv: list[str]) -> str:
     """What a command printed; it must end well."""
+    began = time.monotonic()
     done = subprocess.run(
         argv, env={**os.environ, **runs.ENVIRONMENT}, capture_output=True, text=True, timeout=400, check=False
     )
+    print(f"{Path(argv[1]).name}: {time.monotonic() - began:.0f} s", flush=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     return done.stdout
 
