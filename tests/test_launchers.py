@@ -27,6 +27,7 @@ DRY_RUNS = {
     "make_sample_data.py": ["--output_dir", "{out}"],
     "demo.py": ["--output_dir", "{out}"],
     "run_all.py": ["--recipe", "demo"],
+    "show_profile.py": None,
     "status.py": None,
     "report.py": ["--folder", "no", "--output", "{out}"],
     "measure_nodes.py": ["--device", "cpu", "--num_processes", "2", "--output", "{out}"],
