@@ -78,8 +78,6 @@ def pretrain(recipe: PretrainRecipe) -> int:
         if recipe.overwrite or run_folder.latest_step() is None:
             run_folder = _beginning(run_folder, recipe, engine)
         start = 0 if recipe.overwrite else run_folder.latest_step() or 0
-        if 0 < recipe.logging.profile_step <= start:
-            print(f"note: --profile_step {recipe.logging.profile_step}: the run goes on after it, and records nothing")
         stretches = run_identity.stretches(former, _layout(recipe, allocation), start)
         command = choose.engine(engine).prepare(_in_stages_of(run_folder.load, recipe), allocation, run_folder)
         _announce(recipe, engine, reason, allocation, run_folder)
@@ -303,6 +301,7 @@ def _inputs(recipe: PretrainRecipe, parts: Sequence[BlendPart]) -> list[Path]:
 def _remove(run_folder: RunFolder) -> None:
     shutil.rmtree(run_folder.checkpoint_dir, ignore_errors=True)
     shutil.rmtree(run_folder.tensorboard_dir, ignore_errors=True)
+    shutil.rmtree(run_folder.profile_dir, ignore_errors=True)
     for file in (run_folder.manifest, run_folder.metrics, run_folder.recipe, run_folder.identity):
         file.unlink(missing_ok=True)
 

@@ -84,8 +84,10 @@ def test_resumes_to_the_same_losses(tp2_pp2: Path, pretrain: Any, output: Path) 
     identity = (output / "recipe" / "tp2_pp2.identity.json").read_text()
     (output / "recipe" / "again.identity.json").write_text(identity.replace('"tp2_pp2"', '"again"'))
     (again / "global_step8").rename(again / ".global_step8.unfinished-save")  # as a run killed while saving leaves it
-    done = pretrain("again", **TP2_PP2)
+    done = pretrain("again", **TP2_PP2, profile_step=6)  # which changes no number
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    summaries = [f"step6_rank{rank}.json" for rank in range(4)]
+    assert sorted(file.name for file in (output / "profile" / "again").glob("*k?.json")) == summaries
     expected = [record for record in metrics(output, "tp2_pp2") if record["step"] > 4]
     assert metrics(output, "again") == expected
     assert not list(again.glob(".global_step*"))

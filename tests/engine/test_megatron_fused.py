@@ -20,7 +20,6 @@ from train.engine.megatron_deepspeed.patches import (
     fused_cross_entropy,
 )
 from train.engine.megatron_deepspeed.transformer_layer import InParts, LayerShape, LayerWeights
-from train.errors import UserError
 
 SHAPE = LayerShape(groups=2, queries_per_group=2, head_dim=4, epsilon=1e-5, activation="swiglu")
 HIDDEN, INSIDE = 16, 24
@@ -137,25 +136,21 @@ def test_products_travel_where_the_sequence_is_split(
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("must", [True, False])
-def test_where_products_cannot_travel_it_is_told(must: bool, one_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asked for by name, going on without would be measured as if they had; by itself it goes on without."""
+def test_where_products_cannot_travel_ranks_exchange_between_them(
+    one_rank: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from deepspeed import accelerator
 
     monkeypatch.setattr(compiled_layers, "_lets_products_travel", True)
-    monkeypatch.setattr(compiled_layers, "_must_travel", must)
     monkeypatch.setattr(accelerator, "get_accelerator", lambda: types.SimpleNamespace(device_name=lambda: "cuda"))
     monkeypatch.setattr(compiled_layers.symmetric_products, "of_group", lambda group: None)
-    monkeypatch.setattr(compiled_layers.exchange, "shares", lambda group: None)
     none = types.SimpleNamespace(
         get_tensor_model_parallel_world_size=lambda: 2, get_tensor_model_parallel_group=lambda: None,
-        reduce_scatter_to_sequence_parallel_region=None, sequence_parallel=True,
+        reduce_scatter_to_sequence_parallel_region=lambda values: values, sequence_parallel=True,
     )  # fmt: skip
-    if not must:
-        assert callable(compiled_layers._layer_function(lambda function: function, none, none, none))
-        return
-    with pytest.raises(UserError, match="read each other's memory"):
-        compiled_layers._layer_function(lambda function: function, none, none, none)
+    compiled: list[str] = []
+    compiled_layers._layer_function(lambda f: (compiled.append(f.__name__), f)[1], none, none, none)
+    assert "attention_of" in compiled and "attend" not in compiled
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -54,10 +54,11 @@ def test_one_process_from_data_to_answers(
     from train.finetune.generate import GenerateSettings, answers
 
     words = argv(files, max_steps=300, save_steps=150, logging_steps=10, eval_data_files=question_file, eval_steps=150)
+    words += ["--profile_step", "11"]
     assert call(*words) == 0
     told = capsys.readouterr().out
     assert "### Assistant:[[ cat is tac.</s>]]" in told
-    assert "step 300/300 (100%)" in told and "checkpoint saved" in told
+    assert "step 300/300 (100%)" in told and "checkpoint saved" in told and "step 11 was recorded" in told
 
     out = files["output_dir"]
     results = json.loads((out / "manifest.json").read_text())["results"]
@@ -66,6 +67,8 @@ def test_one_process_from_data_to_answers(
     assert results["base_model_on_hub"] is False
     assert results["examples"]["examples"] == 12 and results["steps"] == 300
     assert [record["step"] for record in results["lineage"]] == ["convert_model"]
+    recorded = sorted(file.name for file in (out / "profile").iterdir())
+    assert recorded == ["step11_rank0.json", "step11_rank0.trace.json.gz"]
     inputs = [Path(item["path"]) for item in json.loads((out / "manifest.json").read_text())["inputs"]]
     assert inputs[0] == base_model / "manifest.json" and question_file in inputs
 
@@ -89,6 +92,8 @@ def test_one_process_from_data_to_answers(
     again = settings_module.build(FinetuneSettings, settings_module.read_yaml(out / "recipe.yaml"))
     assert launch.finetune(again) == 0
     assert "nothing to do" in capsys.readouterr().out
+    assert call(*words[:-1], "12") == 0  # what is recorded makes no other run
+    assert "nothing to do" in capsys.readouterr().out
     assert call(*argv(files, max_steps=3)) == 2
     assert "exists already: pass --overwrite" in capsys.readouterr().err
 
@@ -107,8 +112,10 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
     shutil.copytree(unfinished.checkpoint_dir / "checkpoint-4", half_written)
     (half_written / "whole").unlink()
 
-    assert call(*argv(files)) == 0
-    assert "going on from step 4" in capsys.readouterr().out
+    assert call(*argv(files, profile_step=3)) == 0
+    told = capsys.readouterr().out
+    assert "going on from step 4" in told
+    assert "note: --profile_step 3: nothing is recorded, as the run goes from step 4" in told
     assert _metrics(files["output_dir"]) == _metrics(tmp_path / "whole")
     one, other = _weights(files["output_dir"]), _weights(tmp_path / "whole")
     assert all(one[name].equal(other[name]) for name in other)

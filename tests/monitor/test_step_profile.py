@@ -28,6 +28,8 @@ from train.monitor.time_shares import KINDS, Event, kind_of, read_events, time_s
         ("c10d::symmetric_memory::barrier_kernel(unsigned int**, int)", "communication"),
         ("gloo:all_reduce", "communication"),
         ("triton_poi_fused_add_gelu_0", "compiled regions"),
+        ("triton_poi_fused__scaled_dot_product_cudnn_attention_clone_0", "compiled regions"),
+        ("_ReduceFromModelParallelRegion", "communication"),
         ("Memcpy PtoP (Device -> Device)", "copies"),
         ("aten::fill_", "copies"),
         ("multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
@@ -111,6 +113,37 @@ def test_a_run_that_goes_on_after_it_records_nothing(tmp_path: Path) -> None:
     assert not any(profile.after(step) for step in range(4, 8)) and not list(tmp_path.iterdir())
 
 
+def test_a_recording_that_fails_is_told_and_ends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "profile").write_text("a file where the folder should be")
+    profile = step_profile.StepProfile(tmp_path / "profile", step=3, rank=1)
+    assert [profile.after(step) for step in range(6)] == [False, True, True, True, False, False]
+    told = capsys.readouterr().out
+    assert told.startswith("rank 1: step 3 is not recorded: ") and "profile" in told and told.count("\n") == 1
+
+
+def test_what_more_ranks_left_of_the_same_step_goes(tmp_path: Path) -> None:
+    for name in ("step3_rank5.json", "step3_rank5.trace.json.gz", "step30_rank5.json", "step2_rank0.json"):
+        (tmp_path / name).touch()
+    profile = step_profile.StepProfile(tmp_path, step=3, rank=0)
+    for step in range(4):
+        profile.after(step)
+    names = sorted(file.name for file in tmp_path.iterdir())
+    assert names == ["step2_rank0.json", "step30_rank5.json", "step3_rank0.json", "step3_rank0.trace.json.gz"]
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "told"), [(0, 11, False), (11, 20, False), (0, 12, False), (12, 20, True), (0, 10, True)]
+)
+def test_a_step_that_does_not_come_is_told(
+    first: int, last: int, told: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = 12 if first else 11
+    step_profile.StepProfile(tmp_path, step=step, rank=0).expect(first=first, last=last)
+    step_profile.StepProfile(tmp_path, step=step, rank=1).expect(first=first, last=last)  # one rank is enough
+    out = capsys.readouterr().out
+    assert ("nothing is recorded" in out) is told and out.count("\n") == int(told)
+
+
 def test_no_step_no_recorder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")
     assert step_profile.of_this_rank(tmp_path, 0) is None
@@ -147,9 +180,8 @@ def test_of_many_ranks_those_at_the_ends_are_shown(tmp_path: Path, capsys: pytes
         record(tmp_path / "profile", 2, rank, communication=0.01 * ((rank * 7) % 20))
     profile_table.show(ProfileSettings(tmp_path))
     told = capsys.readouterr().out
-    assert "8 of 20 ranks" in told or "7 of 20 ranks" in told
-    least, most = 0, 17  # 7 x 17 = 119, 19 of 20
-    assert f"rank {least} |" in told and f"rank {most} |" in told
+    # of 7 x rank modulo 20: 0, 3 and 6 wait least, 8, 11, 14 and 17 most
+    assert "7 of 20 ranks" in told and "| rank 0 | rank 3 | rank 6 | rank 8 | rank 11 | rank 14 | rank 17 |" in told
 
 
 @pytest.mark.parametrize(
@@ -172,6 +204,15 @@ def test_a_folder_without_recordings_and_a_damaged_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--profile_step"):
         profile_table.show(ProfileSettings(tmp_path))
     record(tmp_path / "profile", 2, 0)
-    (tmp_path / "profile" / "step2_rank0.json").write_text("{")
-    with pytest.raises(UserError, match=r"step2_rank0\.json is damaged"):
+    file = tmp_path / "profile" / "step2_rank0.json"
+    whole = json.loads(file.read_text())
+    damaged = ["{", "[]", *(json.dumps({**whole, key: "x"}) for key in ("kinds", "seconds", "gaps"))]
+    del whole["hidden_communication"]
+    for text in (*damaged, json.dumps(whole)):
+        file.write_text(text)
+        with pytest.raises(UserError, match=r"step2_rank0\.json is damaged"):
+            profile_table.show(ProfileSettings(tmp_path))
+    file.unlink()
+    (tmp_path / "profile" / "job").mkdir()
+    with pytest.raises(UserError, match="nothing was recorded there"):
         profile_table.show(ProfileSettings(tmp_path))

@@ -138,5 +138,6 @@ def _merged(plan: Plan, folder: FinetuneFolder) -> Iterator[tuple[Path, dict[str
 
 
 def _plain(settings: FinetuneSettings) -> dict[str, Any]:
-    """What is trained, without how its nodes are reached: that may change between two calls that mean the same run."""
-    return {name: value for name, value in settings_module.to_plain(settings).items() if name not in ("cluster", "job")}
+    """What is trained, without what may change between two calls that mean the same run: how its nodes are reached."""
+    plain = settings_module.to_plain(settings)
+    return {name: value for name, value in plain.items() if name not in ("cluster", "job", "profile_step")}

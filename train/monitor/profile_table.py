@@ -43,7 +43,9 @@ def show(settings: ProfileSettings) -> int:
     folder = _profile_dir(settings)
     found = {(int(match[1]), int(match[2])): file for file in folder.iterdir() if (match := _FILE.fullmatch(file.name))}
     steps = sorted({step for step, _ in found})
-    step = max(steps) if settings.step is None and steps else settings.step
+    if not steps:
+        raise _nothing(folder)
+    step = max(steps) if settings.step is None else settings.step
     if step not in steps:
         raise UserError(f"--step {step}: {folder} has {_listed(steps)}.")
     ranks = {rank: _read(file) for (of, rank), file in sorted(found.items()) if of == step}
@@ -127,10 +129,7 @@ def _profile_dir(settings: ProfileSettings) -> Path:
     unfinished = FinetuneFolder(settings.folder.absolute()).profile_dir
     root = unfinished if unfinished.is_dir() else settings.folder / "profile"
     if not root.is_dir():
-        raise UserError(
-            f"{settings.folder}: nothing was recorded there; --profile_step of pretrain.sh and finetune.sh records"
-            " a step."
-        )
+        raise _nothing(settings.folder)
     if any(_FILE.fullmatch(file.name) for file in root.iterdir()):
         return root
     jobs = sorted(path.name for path in root.iterdir() if path.is_dir())
@@ -141,15 +140,20 @@ def _profile_dir(settings: ProfileSettings) -> Path:
     return root / name
 
 
+def _nothing(folder: Path) -> UserError:
+    return UserError(
+        f"{folder}: nothing was recorded there; --profile_step of pretrain.sh and finetune.sh records a step."
+    )
+
+
 def _listed(numbers: Sequence[int], what: str = "step") -> str:
-    return f"{what} {', '.join(map(str, numbers))}" if numbers else f"no {what}"
+    return f"{what} {', '.join(map(str, numbers))}"
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        record: Any = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(record, dict) and isinstance(record["kinds"], dict) and record["seconds"] > 0:
-            return record
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise UserError(f"{file} is damaged: record the step again.")
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        table({0: record}), longest(record), gaps(record)  # all that will be shown of it is there
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{file} is damaged: record the step again.") from None
+    return record

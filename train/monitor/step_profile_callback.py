@@ -22,6 +22,9 @@ class RecordStep(TrainerCallback):
         self._profile = profile
         self._pause = pause
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._profile.expect(first=state.global_step, last=state.max_steps)
+
     # not on_step_end, which comes before the step's own line
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._tell(state.global_step)

@@ -20,17 +20,17 @@ from typing import Any, TypeVar
 
 COMMUNICATION, OTHER, NOTHING = "communication", "other kernels", "nothing"
 # The first pattern that is in a kernel's name decides. Libraries of communication have names of their own, whatever
-# else their kernels' say; flash-attn's say "cutlass", so attention comes before the matrix products.
+# else their kernels' say; torch.compile's hold the names of what they were made from; flash-attn's say "cutlass".
 _PATTERNS = (
-    (COMMUNICATION, r"nccl|gloo|c10d|multimem|symm_mem"),
+    (COMMUNICATION, r"nccl|gloo|c10d|multimem|symm_mem|ModelParallelRegion"),
+    ("compiled regions", r"triton"),
     ("attention", r"attention|flash|fmha|sdpa"),
     ("matrix products", r"gemm|nvjet|cutlass|xmma|cublas|splitk|aten::(addmm|b?mm|_scaled_mm|linear|matmul|baddbmm)$"),
     ("optimizer", r"adam|multi_tensor|_foreach_"),
-    ("compiled regions", r"triton"),
     ("copies", r"memcpy|memset|copy|catarray|aten::(cat|clone|contiguous|fill_|zero_)$"),
 )
 # Where two run at once, the instant counts for the first of these.
-KINDS = (*(name for name, _ in _PATTERNS[1:]), OTHER, COMMUNICATION, NOTHING)
+KINDS = ("attention", "matrix products", "optimizer", "compiled regions", "copies", OTHER, COMMUNICATION, NOTHING)
 _KINDS = tuple((name, re.compile(pattern, re.IGNORECASE)) for name, pattern in _PATTERNS)
 _LISTED = 20
 _Name = TypeVar("_Name")

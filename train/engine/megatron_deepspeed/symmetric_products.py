@@ -14,6 +14,8 @@ import os
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from train.errors import first_line
+
 
 class SharedMemory(Protocol):
     """What is used of torch's _SymmetricMemory."""
@@ -157,26 +159,36 @@ def of_group(group: Any) -> SymmetricProducts | None:
     """
     import torch
 
-    ranks, workspace = torch.distributed.get_world_size(group), _Workspace(group)
-    is_shared = _is_possible(group)
-    try:
-        if is_shared:
+    workspace = _Workspace(group)
+    is_shared, why = _agree(_reach_each_other(group), group), "they do not reach each other's memory"
+    if is_shared:
+        try:
             workspace(1 << 20).barrier()
             torch.cuda.synchronize()
-    except RuntimeError as error:
-        print(f"tensor ranks: the GPUs share no memory ({str(error).splitlines()[0]})", flush=True)
-        is_shared = False
-    agreed = torch.tensor([float(is_shared)], device="cuda")
+        except RuntimeError as error:
+            is_shared, why = False, first_line(error)
+        is_shared = _agree(is_shared, group)
+    if torch.distributed.get_rank() == 0:
+        told = "products travel over the GPUs' shared memory" if is_shared else f"the GPUs share no memory ({why})"
+        print(f"tensor ranks: {told}", flush=True)
+    return SymmetricProducts(workspace, torch.distributed.get_world_size(group)) if is_shared else None
+
+
+def _agree(yes: bool, group: Any) -> bool:
+    """Whether all ranks of the group say yes."""
+    import torch
+
+    agreed = torch.tensor([float(yes)], device="cuda")
     torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MIN, group=group)
-    return SymmetricProducts(workspace, ranks) if bool(agreed.item()) else None
+    return bool(agreed.item())
 
 
-def _is_possible(group: Any) -> bool:
-    """Whether all ranks of a group stand on this node, on GPUs that reach each other's memory."""
+def _reach_each_other(group: Any) -> bool:
+    """Whether all ranks of the group stand on this node, on GPUs whose memory this one's reaches."""
     import torch
 
     ranks, local = torch.distributed.get_process_group_ranks(group), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    own, devices = torch.cuda.current_device(), torch.cuda.device_count()
+    own, count = torch.cuda.current_device(), torch.cuda.device_count()
     is_one_node = ranks[0] // local == ranks[-1] // local
-    others = (other for other in range(devices) if other != own)
-    return 1 < len(ranks) <= devices and is_one_node and all(torch.cuda.can_device_access_peer(own, x) for x in others)
+    devices = [rank % local for rank in ranks if rank % local != own]
+    return is_one_node and all(device < count and torch.cuda.can_device_access_peer(own, device) for device in devices)

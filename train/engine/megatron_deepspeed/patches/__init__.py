@@ -100,7 +100,7 @@ class Patch:
         reason: what goes wrong without it.
         affected: the versions or machines it is for.
         apply: changes upstream in memory; returns what it replaced, or "" when nothing had to be.
-        is_for_speed: whether training would come to the same without it, only later.
+        is_for_speed: whether it makes a GPU's step faster, and changes nothing else.
     """
 
     name: str
@@ -125,7 +125,7 @@ def all_patches() -> tuple[Patch, ...]:
 
 
 def disabled_names(environment: Mapping[str, str]) -> frozenset[str]:
-    """The patches that TRAIN_DISABLED_PATCHES switches off; the word `speed` is all those that are for speed.
+    """The patches that TRAIN_DISABLED_PATCHES switches off; the word `speed` is those that make steps faster.
 
     Raises:
         UserError: a name is not a patch.

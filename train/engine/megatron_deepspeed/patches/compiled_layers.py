@@ -18,7 +18,7 @@ from train.engine.megatron_deepspeed import (
     transformer_layer,
     travelling_products,
 )
-from train.engine.megatron_deepspeed.patches import FORCED_VARIABLE, Patch, Run
+from train.engine.megatron_deepspeed.patches import Patch, Run
 from train.engine.megatron_deepspeed.transformer_layer import InParts, LayerShape, LayerWeights
 from train.errors import UserError
 
@@ -71,7 +71,7 @@ def is_plain(args: Any) -> bool:
     )
 
 
-_lets_products_travel = _must_travel = False
+_lets_products_travel = False
 _is_installed = False
 
 
@@ -80,14 +80,10 @@ def is_installed() -> bool:
     return _is_installed
 
 
-def let_products_travel(*, must: bool) -> None:
-    """Lets tensor ranks that split the sequence compute while they exchange (travelling_products.py).
-
-    Args:
-        must: whether a run where they cannot is refused: a measurement would be of something else.
-    """
-    global _lets_products_travel, _must_travel
-    _lets_products_travel, _must_travel = True, must
+def let_products_travel() -> None:
+    """Lets tensor ranks that split the sequence compute while they exchange (travelling_products.py)."""
+    global _lets_products_travel
+    _lets_products_travel = True
 
 
 def install(run_compiled: Any) -> None:
@@ -154,18 +150,12 @@ def _layer_function(run_compiled: Any, mpu: Any, mappings: Any, args: Any) -> An
 
 
 def _travelling(group: Any, exchanges: exchange.Exchanges) -> travelling_products.Travelling | None:
-    """None where products cannot travel: said, or refused where that was asked for by name."""
+    """The products that travel; None where the GPUs of the group share no memory."""
     from deepspeed.accelerator import get_accelerator
 
     if get_accelerator().device_name() != "cuda":
         return travelling_products.OneAfterTheOther(exchanges)
-    found = symmetric_products.of_group(group)
-    if found is None and _must_travel:
-        raise UserError(
-            f"{FORCED_VARIABLE}: travelling-products: the tensor ranks do not all stand on one node with GPUs that read"
-            " each other's memory: leave it out."
-        )
-    return found
+    return symmetric_products.of_group(group)
 
 
 def _apply(run: Run) -> str:

@@ -1,29 +1,51 @@
-"""The sum of gradients over data-parallel ranks, in place; and with one such rank, none."""
+"""The mean of gradients over data-parallel ranks, in place; and with one such rank, none.
+
+How: train/engine/megatron_deepspeed/gradient_means.py.
+"""
 
 from __future__ import annotations
 
 import functools
 from typing import Any
 
+from train.engine.megatron_deepspeed.gradient_means import GradientMeans
 from train.engine.megatron_deepspeed.patches import Patch, Run
 
+_is_installed = False
 
-def reduce_in_place(gradients: list[Any], group: Any) -> None:
-    """Replaces each flat buffer of gradients by its mean over the group's ranks."""
-    import torch
 
-    ranks = torch.distributed.get_world_size(group)
-    if ranks == 1:
-        return
-    averages = torch.distributed.get_backend(group) == "nccl"
-    operation = torch.distributed.ReduceOp.AVG if averages else torch.distributed.ReduceOp.SUM
-    for flat in gradients:
-        torch.distributed.all_reduce(flat, op=operation, group=group)
-        if not averages:
-            flat.div_(ranks)
+def is_installed() -> bool:
+    """Whether `means_of` does the engine's reduction."""
+    return _is_installed
+
+
+def means_of(engine: Any) -> GradientMeans | None:
+    """The reduction of a pipeline engine; None where its gradients do not lie in DeepSpeed's usual buffers."""
+    if not hasattr(engine, "_gradient_means"):
+        engine._gradient_means = _build(engine)
+    means: GradientMeans | None = engine._gradient_means
+    return means
+
+
+def _build(engine: Any) -> GradientMeans | None:
+    optimizer = engine.optimizer
+    flats = getattr(optimizer, "non_expert_gradients", None)
+    if not flats or engine.has_moe_layers or engine.communication_data_type != optimizer.grad_acc_dtype:
+        return None
+    # shared by several layers: more than one gradient a micro batch, and summed over pipeline stages first
+    shared = {id(weight) for module in engine.module.tied_modules.values() for weight in module.parameters()}
+    late = {
+        (number, position)
+        for number, weights in enumerate(optimizer.bf16_groups)
+        for position, weight in enumerate(weights)
+        if id(weight) in shared
+    }
+    sizes = [[weight.numel() for weight in weights] for weights in optimizer.bf16_groups]
+    return GradientMeans(flats, sizes, engine.mpu.get_data_parallel_group(), late)
 
 
 def _apply(_run: Run) -> str:
+    global _is_installed
     from deepspeed.runtime.pipe.engine import PipelineEngine
 
     reduce = getattr(PipelineEngine, "_bf16_reduce_grads", None)
@@ -32,13 +54,14 @@ def _apply(_run: Run) -> str:
 
     @functools.wraps(reduce)
     def without_copies(self: Any) -> None:
-        flat = getattr(self.optimizer, "non_expert_gradients", None)
-        if flat is None or self.has_moe_layers or self.communication_data_type != self.optimizer.grad_acc_dtype:
+        means = means_of(self)
+        if means is None:
             reduce(self)
         else:
-            reduce_in_place(flat, self.mpu.get_data_parallel_group())
+            means.finish()
 
     PipelineEngine._bf16_reduce_grads = without_copies
+    _is_installed = True
     return "PipelineEngine._bf16_reduce_grads: in place"
 
 

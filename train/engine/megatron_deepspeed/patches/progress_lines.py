@@ -46,6 +46,7 @@ def _apply(run: Run) -> str:
                 )
             )
         if run.profile is not None:
+            run.profile.expect(first=get_args().iteration, last=run.train_steps)
             run.profile.after(get_args().iteration)
         return train(*others, **options)
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 
-from train.engine.megatron_deepspeed.patches import FORCED_VARIABLE, Patch, Run, compiled_layers
-from train.errors import UserError
+from train.engine.megatron_deepspeed.patches import Patch, Run, compiled_layers
 
 _NAME = "travelling-products"
 _QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
@@ -14,14 +13,13 @@ _QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
 def _apply(run: Run) -> str:
     from deepspeed.accelerator import get_accelerator
 
-    is_forced = _NAME in run.forced
-    if is_forced and run.float8:
-        raise UserError(f"{FORCED_VARIABLE}: {_NAME} and --float8 exclude each other: leave one of them out.")
     on_cuda = get_accelerator().device_name() == "cuda"
-    if not is_forced and not (on_cuda and run.splits_sequence and not run.float8 and compiled_layers.is_installed()):
+    travels = run.splits_sequence and not run.float8 and compiled_layers.is_installed()
+    if not travels or not (on_cuda or _NAME in run.forced):
         return ""
-    compiled_layers.let_products_travel(must=is_forced)
-    _open_queues()
+    compiled_layers.let_products_travel()
+    if on_cuda and os.environ.get(_QUEUES) == "1":
+        _open_queues()
     return "layers of tensor ranks that split the sequence: products by symmetric memory, where the GPUs share theirs"
 
 
@@ -32,14 +30,10 @@ def _open_queues() -> None:
     """
     import torch
 
-    if not torch.cuda.is_available():
-        return
-    asked = os.environ.get(_QUEUES)
     os.environ[_QUEUES] = "8"
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     torch.zeros(1, device="cuda")
-    if asked is not None:
-        os.environ[_QUEUES] = asked
+    os.environ[_QUEUES] = "1"
 
 
 PATCH = Patch(

@@ -1,9 +1,9 @@
-"""The sum of gradients over data-parallel ranks, begun while the last micro batch is still on its way back.
+"""The means of gradients over data-parallel ranks, in place; begun, if wanted, during the last backward pass.
 
-    reduction = EarlyReduction(gradients, group)
-    reduction.begin(micro_batches)     # before a step
-    reduction.added(0, 17)             # a micro batch's gradient of parameter 17 of group 0 has been added
-    reduction.finish()                 # after the last backward pass
+    means = GradientMeans(flats, sizes, group, late)
+    means.begin(micro_batches)     # before a step whose buckets are to be sent as soon as they are finished
+    means.added(0, 17)             # a micro batch's gradient of parameter 17 of group 0 has been added
+    means.finish()                 # after the last backward pass; without the former calls it does everything
 
 The backward pass ends with the first layer, so that flat buffers are finished from their ends. They are cut into
 buckets, each reduced once all its parameters have their gradients of all micro batches; all ranks send the buckets in
@@ -60,7 +60,7 @@ def buckets(sizes: Sequence[Sequence[int]], lengths: Sequence[int], late: Collec
     return found
 
 
-class EarlyReduction:
+class GradientMeans:
     """Means of flat gradient buffers over the ranks of a group, bucket by bucket.
 
     Args:
@@ -73,24 +73,28 @@ class EarlyReduction:
     def __init__(
         self, flats: Sequence[Any], sizes: Sequence[Sequence[int]], group: Any, late: Collection[tuple[int, int]]
     ) -> None:
-        self._flats, self._group = flats, group
+        import torch
+
+        self._flats, self._group, self._late = flats, group, frozenset(late)
+        self._ranks = torch.distributed.get_world_size(group)
+        self._averages = torch.distributed.get_backend(group) == "nccl"
         self._buckets = buckets(sizes, [flat.numel() for flat in flats], late)
-        self._late = frozenset(late)
         self._bucket_of = {
             (bucket.group, parameter): number
             for number, bucket in enumerate(self._buckets)
             for parameter in bucket.parameters
         }
-        self._micro_batches = 0  # of the step that is under way
+        self._micro_batches = 0  # of the step that is under way; 0 sends nothing early
         self._counts: dict[tuple[int, int], int] = {}
         self._missing: list[int] = []
         self._works: list[Any] = []
 
     def begin(self, micro_batches: int) -> None:
         """A step begins, whose gradients are sums over so many micro batches."""
-        self._micro_batches, self._works = micro_batches, []
-        self._counts = dict.fromkeys(self._bucket_of, 0)
-        self._missing = [len(bucket.parameters) for bucket in self._buckets]
+        if self._ranks > 1:
+            self._micro_batches, self._works = micro_batches, []
+            self._counts = dict.fromkeys(self._bucket_of, 0)
+            self._missing = [len(bucket.parameters) for bucket in self._buckets]
 
     def added(self, group: int, parameter: int) -> None:
         """A gradient was added to a buffer."""
@@ -110,26 +114,21 @@ class EarlyReduction:
 
     def finish(self) -> None:
         """All gradients are there: sends what is left, and waits for all."""
-        import torch
-
+        if self._ranks == 1:
+            return
         while len(self._works) < len(self._buckets):
             self._send()
         for work in self._works:
             work.wait()
-        if not self._averages():
+        if not self._averages:
             for flat in self._flats:
-                flat.div_(torch.distributed.get_world_size(self._group))
-        self._micro_batches = 0
+                flat.div_(self._ranks)
+        self._micro_batches, self._works = 0, []
 
     def _send(self) -> None:
         import torch
 
         bucket = self._buckets[len(self._works)]
-        operation = torch.distributed.ReduceOp.AVG if self._averages() else torch.distributed.ReduceOp.SUM
+        operation = torch.distributed.ReduceOp.AVG if self._averages else torch.distributed.ReduceOp.SUM
         part = self._flats[bucket.group][bucket.begin : bucket.end]
         self._works.append(torch.distributed.all_reduce(part, op=operation, group=self._group, async_op=True))
-
-    def _averages(self) -> bool:
-        import torch
-
-        return bool(torch.distributed.get_backend(self._group) == "nccl")
