@@ -82,26 +82,28 @@ def settle(
         return _with(recipe, 1), "micro batch: 1, as nvidia-smi does not tell the GPU's memory"
     if recipe.parallel.attention == "eager":
         return _with(recipe, 1), "micro batch: 1, as the plan is not for --attention eager, which keeps all its weights"
-    needs = dict(_needs(recipe, engine, allocation, gpu))
-    if not needs:
+    planned = list(_planned(recipe, engine, allocation, gpu))
+    if not planned:
         return _with(recipe, 1), "micro batch: 1, as the plan does not know this layout"
-    fitting = {size: needed for size, needed in needs.items() if needed <= _usable(gpu)}
+    fitting = [one for one in planned if one.needed_gib <= _usable(gpu)]
     if not fitting:
         return _with(recipe, 1), (
             f"micro batch: 1; even that needs more than the {gpu.memory_gib:.0f} GiB of this {gpu.name}, by the plan:"
             " see scripts/step2_pretrain_model/plan.sh"
         )
-    size = next(iter(fitting))  # the fastest
-    return _with(recipe, size), (
-        f"micro batch: {size}, the fastest that fits by the plan: {fitting[size]:.0f} of the {gpu.memory_gib:.0f} GiB"
-        f" of this {gpu.name}"
+    from train.planner.search import lightest
+
+    chosen = lightest(fitting, lambda one: (one.seconds, one.needed_gib))
+    return _with(recipe, chosen.size), (
+        f"micro batch: {chosen.size}, by the plan as fast as any that fits: {chosen.needed_gib:.0f} of the"
+        f" {gpu.memory_gib:.0f} GiB of this {gpu.name}"
     )
 
 
 def _warning(recipe: PretrainRecipe, engine: str, allocation: Allocation, gpu: ThisGpu | None, size: int) -> str:
     if gpu is None or allocation.device == "cpu" or engine != choose.MEGATRON:
         return ""
-    needs = dict(_needs(recipe, engine, allocation, gpu))
+    needs = {one.size: one.needed_gib for one in _planned(recipe, engine, allocation, gpu)}
     if needs.get(size, 0.0) <= gpu.memory_gib:
         return ""
     smaller = max((other for other, needed in needs.items() if needed <= _usable(gpu)), default=None)
@@ -112,8 +114,17 @@ def _warning(recipe: PretrainRecipe, engine: str, allocation: Allocation, gpu: T
     )
 
 
-def _needs(recipe: PretrainRecipe, engine: str, allocation: Allocation, gpu: ThisGpu) -> Iterator[tuple[int, float]]:
-    """Micro batches and the GiB that each needs of a GPU, the fastest first."""
+@dataclass(frozen=True)
+class _Planned:
+    """A micro batch, the GiB that it needs of a GPU, and the seconds of a step."""
+
+    size: int
+    needed_gib: float
+    seconds: float
+
+
+def _planned(recipe: PretrainRecipe, engine: str, allocation: Allocation, gpu: ThisGpu) -> Iterator[_Planned]:
+    """What the plan says of each micro batch."""
     from train.checkpoint.megatron import vocabulary
     from train.planner.gpus import GPUS
     from train.planner.model import Shape
@@ -138,7 +149,8 @@ def _needs(recipe: PretrainRecipe, engine: str, allocation: Allocation, gpu: Thi
     vocab_size = vocabulary.engine_vocab_size(recipe.data.input_tokenizer_file)
     shape = Shape.of(recipe.model, vocab_size=vocab_size, layers_per_stage=parallel.layers_per_stage)
     for found in search(shape, query).fitting:
-        yield found.layout.micro_batch, found.needed_gib + _unplanned_gib(recipe, engine, found.layout, found.memory)
+        needed = found.needed_gib + _unplanned_gib(recipe, engine, found.layout, found.memory)
+        yield _Planned(found.layout.micro_batch, needed, found.seconds)
 
 
 def _unplanned_gib(recipe: PretrainRecipe, engine: str, layout: Layout, planned: Memory) -> float:

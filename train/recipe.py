@@ -85,7 +85,7 @@ class TrainingSettings:
     train_tokens: Count = setting(help="tokens to train on, such as 300B or 3e9")
     global_batch_size: int | None = setting(None, help="sequences per optimizer step, over all ranks")
     micro_batch_size: int = setting(
-        1, help="sequences per rank and forward pass; 0 takes the fastest that the GPU's memory is predicted to hold"
+        1, help="sequences per rank and forward pass; 0 takes one that the plan says is as fast as any that fits"
     )
     lr: float | None = setting(None, help="peak learning rate")
     min_lr: float | None = setting(None, help="learning rate at the end of the decay")

@@ -38,11 +38,11 @@ def settled(recipe: PretrainRecipe, gpu: ThisGpu | None, **more: object) -> tupl
     return found.training.micro_batch_size, note
 
 
-def test_the_fastest_that_fits_is_taken(recipe: PretrainRecipe) -> None:
+def test_the_smallest_that_is_as_fast_as_any_is_taken(recipe: PretrainRecipe) -> None:
     size, note = settled(recipe, H200)
-    assert size == 16 or size == 32
-    assert f"micro batch: {size}, the fastest that fits by the plan" in note and "of the 140 GiB" in note
-    small, _ = settled(recipe, A100)
+    assert size == 16  # 32 is predicted to be faster by less than the prediction knows, and takes 50 GiB more
+    assert "micro batch: 16, by the plan as fast as any that fits: 77 of the 140 GiB" in note
+    small, _ = settled(recipe, dataclasses.replace(A100, memory_gib=50.0))
     assert 0 < small < size and 512 % small == 0
 
 
@@ -60,7 +60,7 @@ def test_given_stages_are_planned(recipe: PretrainRecipe) -> None:
 
 
 def test_the_transformers_engine_takes_a_smaller_one(recipe: PretrainRecipe) -> None:
-    assert settled(recipe, H200, engine="transformers")[0] < settled(recipe, H200)[0]
+    assert settled(recipe, A100, engine="transformers")[0] < settled(recipe, A100)[0]
 
 
 def changed(recipe: PretrainRecipe, part: str, **values: object) -> PretrainRecipe:
@@ -77,7 +77,7 @@ def test_what_zero_spreads_leaves_room(recipe: PretrainRecipe) -> None:
 
 
 def test_what_the_plan_is_not_for_is_not_taken_from_it(recipe: PretrainRecipe) -> None:
-    assert settled(changed(recipe, "model", dropout=0.1), H200)[0] < settled(recipe, H200)[0]
+    assert settled(changed(recipe, "model", dropout=0.1), A100)[0] < settled(recipe, A100)[0]
     size, note = settled(changed(recipe, "parallel", attention="eager"), H200)
     assert size == 1 and "--attention eager" in note
     across = changed(recipe, "parallel", tensor_parallel_size=2)  # tensor ranks on two nodes

@@ -21,6 +21,7 @@ from train.planner.settings import PlanSettings
 from train.recipe import ModelSettings
 
 FILE = Path(__file__).parent / "measured.jsonl"
+PAGE = Path(__file__).parents[2] / "docs" / "plan.md"
 WANTED_RUNS = 8
 
 
@@ -116,6 +117,17 @@ def test_the_choice_is_within_3_percent_of_the_best(runs: list[MeasuredRun]) -> 
     chosen = min(runs, key=lambda run: run.predicted_seconds)
     best = max(runs, key=lambda run: run.tflops)
     assert chosen.tflops >= 0.97 * best.tflops, f"chosen {chosen}, best {best}"
+
+
+@none_yet
+@pytest.mark.parametrize("run", TIMED, ids=str)
+def test_the_page_shows_what_is_predicted(run: MeasuredRun) -> None:
+    predicted = speed.tflops_per_gpu(run.shape, run.layout, run.predicted_seconds)
+    row = (
+        f"| {run.micro_batch} | {run.global_batch_size} | {run.predicted_gib:.1f}, {run.gpu_memory_gib:.1f}"
+        f" | {predicted:.0f}, {run.tflops:.0f} |"
+    )
+    assert row in PAGE.read_text(encoding="utf-8")
 
 
 def test_a_line_is_read_and_predicted() -> None:

@@ -35,7 +35,7 @@ def plan(wanted: PlanSettings) -> int:
     print(table.counts(found, query.usable_gib))
     batch = recipe.training.global_batch_size
     print(
-        f"\nthe first, for pretrain.sh:\n{found.fitting[0].layout.flags}"
+        f"\nthe first, for pretrain.sh:\n{found.shown[0].layout.flags}"
         f" --global_batch_size {batch} --precision {query.precision}"
     )
     return EXIT_OK

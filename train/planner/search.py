@@ -6,16 +6,18 @@ found = search(shape, query)
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
-from train.planner import memory, speed
+from train.planner import calibration, memory, speed
 from train.planner.layout import Layout, divisors, shares_evenly
 from train.planner.memory import Memory
 from train.planner.model import Shape
 from train.planner.speed import Cluster
 
 _LARGEST_MICRO_BATCH = 64
+_One = TypeVar("_One")
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,26 @@ class Found:
 
     @property
     def shown(self) -> tuple[Candidate, ...]:
-        """The fastest micro batch of each way to spread the model, the fastest first."""
-        best: dict[tuple[object, ...], Candidate] = {}
+        """Each way to spread the model with the micro batch to take, the fastest first."""
+        ways: dict[tuple[object, ...], list[Candidate]] = {}
         for candidate in self.fitting:
             layout = candidate.layout
             way = (layout.tensor, layout.pipeline, layout.zero_stage, layout.sequence_parallel, layout.recompute)
-            best.setdefault(way, candidate)
-        return tuple(best.values())
+            ways.setdefault(way, []).append(candidate)
+        chosen = (lightest(ones, lambda one: (one.seconds, one.needed_gib)) for ones in ways.values())
+        return tuple(sorted(chosen, key=lambda one: one.seconds))
+
+
+def lightest(ones: Iterable[_One], figures: Callable[[_One], tuple[float, float]]) -> _One:
+    """Of those that are as fast as any, the one that takes the least memory.
+
+    Args:
+        ones: what to choose from.
+        figures: their seconds and GiB.
+    """
+    held = list(ones)
+    limit = min(figures(one)[0] for one in held) * calibration.AS_FAST
+    return min((one for one in held if figures(one)[0] <= limit), key=lambda one: figures(one)[1])
 
 
 def search(shape: Shape, query: Query) -> Found:

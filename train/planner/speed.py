@@ -97,8 +97,12 @@ def layer_seconds(shape: Shape, layout: Layout, precision: str, cluster: Cluster
         5 if shape.is_llama else 3
     ) * shape.ffn / tensor
     seconds += _passes(value * tokens * (forwards * forward + backward), gpu)
-    launches = calibration.LAYER_LAUNCH_S if tensor == 1 else calibration.LAYER_IN_PARTS_LAUNCH_S
-    seconds = max(seconds, launches * (4 / 3 if layout.recompute else 1))
+    launches, gaps = (
+        (calibration.LAYER_LAUNCH_S, calibration.LAYER_GAP_S)
+        if tensor == 1
+        else (calibration.LAYER_IN_PARTS_LAUNCH_S, calibration.LAYER_IN_PARTS_GAP_S)
+    )
+    seconds = max(seconds + gaps, launches * (4 / 3 if layout.recompute else 1))
     collectives = 2 * (forwards + 1)  # with sequence parallelism each is a gather and a scatter, of the same bytes
     waiting = all_reduce_seconds(value * tokens * shape.hidden, cluster, stride=1, size=tensor)
     # the patch travelling-products, for which recomputed layers are upstream's own
