@@ -21,6 +21,7 @@ from train.recipe import PretrainRecipe
 if TYPE_CHECKING:
     from train.planner.layout import Layout
     from train.planner.memory import Memory
+    from train.planner.search import Candidate
 
 AUTOMATIC = 0
 _ON_A_CPU = 4  # more gains nothing there
@@ -93,9 +94,10 @@ def settle(
         )
     from train.planner.search import lightest
 
-    chosen = lightest(fitting, lambda one: (one.seconds, one.needed_gib))
-    return _with(recipe, chosen.size), (
-        f"micro batch: {chosen.size}, by the plan as fast as any that fits: {chosen.needed_gib:.0f} of the"
+    chosen = lightest(fitting)
+    size = chosen.layout.micro_batch
+    return _with(recipe, size), (
+        f"micro batch: {size}, by the plan as fast as any that fits: {chosen.needed_gib:.0f} of the"
         f" {gpu.memory_gib:.0f} GiB of this {gpu.name}"
     )
 
@@ -103,7 +105,7 @@ def settle(
 def _warning(recipe: PretrainRecipe, engine: str, allocation: Allocation, gpu: ThisGpu | None, size: int) -> str:
     if gpu is None or allocation.device == "cpu" or engine != choose.MEGATRON:
         return ""
-    needs = {one.size: one.needed_gib for one in _planned(recipe, engine, allocation, gpu)}
+    needs = {one.layout.micro_batch: one.needed_gib for one in _planned(recipe, engine, allocation, gpu)}
     if needs.get(size, 0.0) <= gpu.memory_gib:
         return ""
     smaller = max((other for other, needed in needs.items() if needed <= _usable(gpu)), default=None)
@@ -114,17 +116,8 @@ def _warning(recipe: PretrainRecipe, engine: str, allocation: Allocation, gpu: T
     )
 
 
-@dataclass(frozen=True)
-class _Planned:
-    """A micro batch, the GiB that it needs of a GPU, and the seconds of a step."""
-
-    size: int
-    needed_gib: float
-    seconds: float
-
-
-def _planned(recipe: PretrainRecipe, engine: str, allocation: Allocation, gpu: ThisGpu) -> Iterator[_Planned]:
-    """What the plan says of each micro batch."""
+def _planned(recipe: PretrainRecipe, engine: str, allocation: Allocation, gpu: ThisGpu) -> Iterator[Candidate]:
+    """What the plan says of each micro batch, with the memory that this engine needs for it."""
     from train.checkpoint.megatron import vocabulary
     from train.planner.gpus import GPUS
     from train.planner.model import Shape
@@ -150,7 +143,7 @@ def _planned(recipe: PretrainRecipe, engine: str, allocation: Allocation, gpu: T
     shape = Shape.of(recipe.model, vocab_size=vocab_size, layers_per_stage=parallel.layers_per_stage)
     for found in search(shape, query).fitting:
         needed = found.needed_gib + _unplanned_gib(recipe, engine, found.layout, found.memory)
-        yield _Planned(found.layout.micro_batch, needed, found.seconds)
+        yield dataclasses.replace(found, needed_gib=needed)
 
 
 def _unplanned_gib(recipe: PretrainRecipe, engine: str, layout: Layout, planned: Memory) -> float:

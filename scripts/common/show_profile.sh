@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Shows where the time of a recorded step went on each rank (--profile_step of pretrain.sh and finetune.sh).
 #
-# usage:    show_profile.sh DIR [--job_name NAME] [--step N] [--rank N]    (DIR: --output_model_dir of step 2, --output_dir of step 4)
+# usage:    show_profile.sh DIR [--job_name NAME] [--step N] [--rank N]
+#           (DIR: --output_model_dir of step 2, --output_dir of step 4)
 # example:  show_profile.sh output/step2_pretrain_model
 # Exit code 0: shown; 2: there is no such recording.
 set -euo pipefail

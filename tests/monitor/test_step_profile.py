@@ -206,7 +206,12 @@ def test_a_folder_without_recordings_and_a_damaged_one(tmp_path: Path) -> None:
     record(tmp_path / "profile", 2, 0)
     file = tmp_path / "profile" / "step2_rank0.json"
     whole = json.loads(file.read_text())
-    damaged = ["{", "[]", *(json.dumps({**whole, key: "x"}) for key in ("kinds", "seconds", "gaps"))]
+    damaged = [
+        "{",
+        "[]",
+        json.dumps({**whole, "seconds": 0}),
+        *(json.dumps({**whole, key: "x"}) for key in ("kinds", "seconds", "gaps")),
+    ]
     del whole["hidden_communication"]
     for text in (*damaged, json.dumps(whole)):
         file.write_text(text)

@@ -138,6 +138,9 @@ def _merged(plan: Plan, folder: FinetuneFolder) -> Iterator[tuple[Path, dict[str
 
 
 def _plain(settings: FinetuneSettings) -> dict[str, Any]:
-    """What is trained, without what may change between two calls that mean the same run: how its nodes are reached."""
+    """What is trained, without what may change between two calls that mean the same run.
+
+    That is how its nodes are reached, and which step is recorded.
+    """
     plain = settings_module.to_plain(settings)
     return {name: value for name, value in plain.items() if name not in ("cluster", "job", "profile_step")}

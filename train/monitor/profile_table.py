@@ -15,7 +15,7 @@ from typing import Any
 
 from train.errors import UserError
 from train.finetune.folder import FinetuneFolder
-from train.monitor.time_shares import COMMUNICATION, KINDS
+from train.monitor.time_shares import COMMUNICATION, KINDS, NOTHING
 from train.settings import setting
 
 _FILE = re.compile(r"step(\d+)_rank(\d+)\.json")
@@ -85,7 +85,7 @@ def table(ranks: Mapping[int, Mapping[str, Any]]) -> list[str]:
 
 _LABELS = {
     COMMUNICATION: "communication alone, and waiting for other ranks in it",
-    "nothing": "nothing: waiting for Python, data or other ranks",
+    NOTHING: "nothing: waiting for Python, data or other ranks",
 }
 
 
@@ -117,11 +117,11 @@ def _short(name: str, width: int) -> str:
 
 
 def _waiting(rank: Mapping[str, Any]) -> float:
-    return float(rank["kinds"][COMMUNICATION] + rank["kinds"]["nothing"])
+    return float(rank["kinds"][COMMUNICATION] + rank["kinds"][NOTHING])
 
 
 def _cell(seconds: float, of_seconds: float) -> str:
-    return f"{1000 * seconds:,.1f} ({seconds / of_seconds:.0%})" if of_seconds else f"{1000 * seconds:,.1f}"
+    return f"{1000 * seconds:,.1f} ({seconds / of_seconds:.0%})"
 
 
 def _profile_dir(settings: ProfileSettings) -> Path:
@@ -154,6 +154,6 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         table({0: record}), longest(record), gaps(record)  # all that will be shown of it is there
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
         raise UserError(f"{file} is damaged: record the step again.") from None
     return record

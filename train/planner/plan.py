@@ -31,11 +31,12 @@ def plan(wanted: PlanSettings) -> int:
     if not found.fitting:
         raise UserError(_nothing_fits(wanted, recipe, shape, query, found))
     steps = recipe.train_steps if wanted.train_tokens is not None else None
-    print(f"\n{table.layouts_table(found.shown[: wanted.show], train_steps=steps)}\n")
+    shown = found.shown
+    print(f"\n{table.layouts_table(shown[: wanted.show], train_steps=steps)}\n")
     print(table.counts(found, query.usable_gib))
     batch = recipe.training.global_batch_size
     print(
-        f"\nthe first, for pretrain.sh:\n{found.shown[0].layout.flags}"
+        f"\nthe first, for pretrain.sh:\n{shown[0].layout.flags}"
         f" --global_batch_size {batch} --precision {query.precision}"
     )
     return EXIT_OK

@@ -6,9 +6,8 @@ found = search(shape, query)
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from train.planner import calibration, memory, speed
 from train.planner.layout import Layout, divisors, shares_evenly
@@ -17,7 +16,6 @@ from train.planner.model import Shape
 from train.planner.speed import Cluster
 
 _LARGEST_MICRO_BATCH = 64
-_One = TypeVar("_One")
 
 
 @dataclass(frozen=True)
@@ -77,20 +75,13 @@ class Found:
             layout = candidate.layout
             way = (layout.tensor, layout.pipeline, layout.zero_stage, layout.sequence_parallel, layout.recompute)
             ways.setdefault(way, []).append(candidate)
-        chosen = (lightest(ones, lambda one: (one.seconds, one.needed_gib)) for ones in ways.values())
-        return tuple(sorted(chosen, key=lambda one: one.seconds))
+        return tuple(sorted(map(lightest, ways.values()), key=lambda one: one.seconds))
 
 
-def lightest(ones: Iterable[_One], figures: Callable[[_One], tuple[float, float]]) -> _One:
-    """Of those that are as fast as any, the one that takes the least memory.
-
-    Args:
-        ones: what to choose from.
-        figures: their seconds and GiB.
-    """
-    held = list(ones)
-    limit = min(figures(one)[0] for one in held) * calibration.AS_FAST
-    return min((one for one in held if figures(one)[0] <= limit), key=lambda one: figures(one)[1])
+def lightest(candidates: Sequence[Candidate]) -> Candidate:
+    """Of those that are as fast as any, the one that takes the least memory."""
+    limit = min(one.seconds for one in candidates) * calibration.AS_FAST
+    return min((one for one in candidates if one.seconds <= limit), key=lambda one: one.needed_gib)
 
 
 def search(shape: Shape, query: Query) -> Found:

@@ -102,9 +102,8 @@ def build_model(recipe: PretrainRecipe, vocabulary: Vocabulary) -> Any:
     from transformers import AutoModelForCausalLM, set_seed
 
     config = build_config(recipe, vocabulary)
-    config._attn_implementation = recipe.parallel.attention
-    if recipe.parallel.attention == "sdpa":
-        config._attn_implementation = _register_causal_attention()
+    attention = recipe.parallel.attention
+    config._attn_implementation = _register_causal_attention() if attention == "sdpa" else attention
     model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
     set_seed(recipe.training.seed)
     with torch.device("cpu"):

@@ -12,9 +12,12 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from train.errors import UserError
-from train.monitor.step_profile import StepProfile
+
+if TYPE_CHECKING:
+    from train.monitor.step_profile import StepProfile
 
 DISABLED_VARIABLE = "TRAIN_DISABLED_PATCHES"
 FORCED_VARIABLE = "TRAIN_FORCED_PATCHES"
@@ -130,9 +133,10 @@ def disabled_names(environment: Mapping[str, str]) -> frozenset[str]:
     Raises:
         UserError: a name is not a patch.
     """
-    fast = frozenset(patch.name for patch in all_patches() if patch.is_for_speed)
     given = _names(environment, DISABLED_VARIABLE, words=frozenset({_FOR_SPEED}))
-    return (given - {_FOR_SPEED}) | fast if _FOR_SPEED in given else given
+    if _FOR_SPEED not in given:
+        return given
+    return given - {_FOR_SPEED} | {patch.name for patch in all_patches() if patch.is_for_speed}
 
 
 def forced_names(environment: Mapping[str, str]) -> frozenset[str]:

@@ -20,7 +20,6 @@ def _apply(_run: Run) -> str:
     def begin_and_train(self: Any, *others: Any, **options: Any) -> Any:
         means = gradient_reduction.means_of(self)
         if means is not None:
-            self.optimizer._gradient_means = means
             means.begin(self.micro_batches)
         return train_batch(self, *others, **options)
 
@@ -28,7 +27,7 @@ def _apply(_run: Run) -> str:
     def update_and_tell(self: Any, lp: Any, group_idx: int, param_idx: int, clear_lp_grads: bool) -> None:
         has_gradient = lp.grad is not None
         update(self, lp, group_idx, param_idx, clear_lp_grads)
-        means = getattr(self, "_gradient_means", None)
+        means = getattr(self, gradient_reduction.MEANS, None)
         if means is not None and has_gradient:
             means.added(group_idx, param_idx)
 

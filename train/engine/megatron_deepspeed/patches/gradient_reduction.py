@@ -11,6 +11,7 @@ from typing import Any
 from train.engine.megatron_deepspeed.gradient_means import GradientMeans
 from train.engine.megatron_deepspeed.patches import Patch, Run
 
+MEANS = "_gradient_means"  # of DeepSpeed's optimizer, for those who only have that
 _is_installed = False
 
 
@@ -21,9 +22,9 @@ def is_installed() -> bool:
 
 def means_of(engine: Any) -> GradientMeans | None:
     """The reduction of a pipeline engine; None where its gradients do not lie in DeepSpeed's usual buffers."""
-    if not hasattr(engine, "_gradient_means"):
-        engine._gradient_means = _build(engine)
-    means: GradientMeans | None = engine._gradient_means
+    if not hasattr(engine.optimizer, MEANS):
+        setattr(engine.optimizer, MEANS, _build(engine))
+    means: GradientMeans | None = getattr(engine.optimizer, MEANS)
     return means
 
 
