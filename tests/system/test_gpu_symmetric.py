@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.skipif(count_gpus(os.environ) < 2, reason="needs two NVIDIA GPUs"),
 ]
 _RANK = """
-import dataclasses, os, torch
+import os, torch
 from train.engine.megatron_deepspeed import exchange, symmetric_products, travelling_products
 from train.engine.megatron_deepspeed.transformer_layer import LayerShape, LayerWeights
 
@@ -50,7 +50,7 @@ for turn in range(40):  # sizes grow and shrink: the shared memory is made anew,
     results = []
     for layer in layers:
         stream = share.clone().requires_grad_()
-        held = [value for value in dataclasses.astuple(weights)]
+        held = [value for value in vars(weights).values() if value is not None]
         for value in held:
             value.grad = None
         output = stream
