@@ -73,25 +73,45 @@ def test_an_adapter_on_a_packed_base_learns_is_proven_and_merges(bits: int, base
     assert said == ["cat is tac.", "sky is yks."]
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_another_base_than_the_trained_one_is_told(bits: int, base: Path, tmp_path: Path) -> None:
+def _adapter_with_golden_logits(base: Path, folder: Path, packed: Any, *, computed_in: str) -> Path:
     import torch
     from peft import LoraConfig, get_peft_model
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
-    folder = tmp_path / "adapter"
     model = AutoModelForCausalLM.from_pretrained(base)
     get_peft_model(model, LoraConfig(target_modules=["q_proj"], base_model_name_or_path=str(base))).save_pretrained(
         folder
     )
     for file in base.glob("*token*"):
         shutil.copyfile(file, folder / file.name)
-    packed = lora.quantization(FinetuneSettings("", Path(), **{f"load_in_{bits}bit": True}))
-    ids, golden = torch.arange(8).unsqueeze(0), tmp_path / "golden.safetensors"
+    ids, golden = torch.arange(8).unsqueeze(0), folder.parent / "golden.safetensors"
     with torch.no_grad():
-        logits = adapter.load(base, folder, dtype="float32", quantization=packed)(ids).logits.float()
+        logits = adapter.load(base, folder, dtype=computed_in, quantization=packed)(ids).logits.float()
     save_file({"input_ids": ids, "logits": logits}, golden, metadata={"dtype": "torch.float32"})
+    return golden
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_how_much_a_packed_base_rounds_is_measured(
+    bits: int, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = lora.quantization(FinetuneSettings("", Path(), **{f"load_in_{bits}bit": True}))
+    folder = tmp_path / "adapter"
+    golden = _adapter_with_golden_logits(base, folder, packed, computed_in="bfloat16")
+    monkeypatch.setattr(adapter, "_PACKED_TOLERANCE", 1e-6)  # this small model rounds less than a large one
+    record = adapter.prove(base, folder, golden, quantization=packed)["logits"]
+    assert 1e-6 < record["relative_difference"] < record["tolerance"] == pytest.approx(2 * record["rounding"])
+    assert record["tolerance_is"].startswith("twice what the folder's own logits change by")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_another_base_than_the_trained_one_is_told(bits: int, base: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    packed = lora.quantization(FinetuneSettings("", Path(), **{f"load_in_{bits}bit": True}))
+    folder = tmp_path / "adapter"
+    golden = _adapter_with_golden_logits(base, folder, packed, computed_in="float32")
     assert adapter.prove(base, folder, golden, quantization=packed)["logits"]["relative_difference"] < 1e-3
     weights = load_file(base / "model.safetensors")
     weights["model.embed_tokens.weight"] *= -1

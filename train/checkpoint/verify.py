@@ -204,7 +204,7 @@ def _check_logits(model: Any, stored: SafetensorsFolder, source: Source, problem
 
 
 def compare_logits(
-    golden: Tensor, dtype: str, logits_in: Callable[[str], Tensor], *, given_tolerance: float | None = None
+    golden: Tensor, dtype: str, logits_in: Callable[[str], Tensor], *, at_least: float | None = None
 ) -> dict[str, Any]:
     """Holds a folder's logits against those of the training process.
 
@@ -212,16 +212,16 @@ def compare_logits(
         golden: float32 [1, n, vocabulary].
         dtype: the type that they were computed in.
         logits_in: computes the folder's, float32 of the same shape, in a type.
-        given_tolerance: what is allowed, instead of what goes by the type and its rounding.
+        at_least: what is allowed in any case, instead of what goes by the type.
 
     Returns:
         `tolerance`, `relative_difference` and `finite`; where rounding explains more, `tolerance_is` and `rounding`.
     """
-    tolerance = given_tolerance or LOGITS_TOLERANCE.get(dtype, LOGITS_TOLERANCE["float32"])
+    tolerance = at_least or LOGITS_TOLERANCE.get(dtype, LOGITS_TOLERANCE["float32"])
     logits = logits_in("float32")
     difference = _relative_difference(logits, golden)
     record: dict[str, Any] = {}
-    if given_tolerance is None and not difference <= tolerance and dtype in ("bfloat16", "float16"):
+    if not difference <= tolerance and dtype in ("bfloat16", "float16"):
         rounding = _relative_difference(logits_in(dtype), logits)
         tolerance = max(tolerance, min(2 * rounding, _LARGEST_ROUNDING))
         record = {"tolerance_is": ROUNDING_MEASURE, "rounding": rounding}

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# bitsandbytes computes by other kernels in training than here: 0.003 to 0.036 were seen on small models
+# bitsandbytes computes by other kernels in training than here: 0.003 to 0.036 were seen. 8 bits round the activations,
+# too, each time otherwise: 0.112 in a random model of a billion weights, where the folder's own logits tell how much.
 _PACKED_TOLERANCE = 0.1
 
 
@@ -147,10 +148,13 @@ def prove(base_dir: Path, adapter_dir: Path, golden_logits: Path, *, quantizatio
     is_packed = quantization is not None
 
     def logits_in(dtype: str) -> Tensor:
-        # a packed base computes in a type of its own
-        cast = model if is_packed else model.to(getattr(torch, dtype))
+        computing = model
+        if not is_packed:
+            computing = model.to(getattr(torch, dtype))
+        elif dtype != "float32":  # packed weights cannot be cast: what is between them is loaded in that type
+            computing = load(base_dir, adapter_dir, dtype=dtype, quantization=quantization)
         with torch.no_grad():
-            logits: Tensor = cast(input_ids=input_ids, use_cache=False).logits.float()
+            logits: Tensor = computing(input_ids=input_ids, use_cache=False).logits.float()
         return logits
 
     dtype = computed_in or "float32"
@@ -159,8 +163,12 @@ def prove(base_dir: Path, adapter_dir: Path, golden_logits: Path, *, quantizatio
         "measure": LOGITS_MEASURE,
         "tokens": input_ids.numel(),
         "golden_dtype": dtype,
-        **compare_logits(golden, dtype, logits_in, given_tolerance=_PACKED_TOLERANCE if is_packed else None),
         **({"tolerance_is": "for a packed base, whose kernels are not the same"} if is_packed else {}),
+        **(
+            compare_logits(golden, "bfloat16", logits_in, at_least=_PACKED_TOLERANCE)
+            if is_packed  # whatever the rest was computed in
+            else compare_logits(golden, dtype, logits_in)
+        ),
     }
     problems = list(logits_problems(record, "the logits of base and adapter"))
     if not record["finite"]:

@@ -8,6 +8,7 @@ Flags and their defaults are those of llm-jp-sft: https://github.com/llm-jp/llm-
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -64,6 +65,8 @@ def quantization(settings: FinetuneSettings) -> Any:
     import torch
     from transformers import BitsAndBytesConfig
 
+    # each product of 8 bits would say that it rounds its input to float16, a few hundred times a step
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return BitsAndBytesConfig(
         load_in_8bit=settings.load_in_8bit,
         load_in_4bit=settings.load_in_4bit,
