@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 _CODE = r"""
-import os, re, signal, sys, time
+import os, re, signal, subprocess, sys, time
 pattern, nth, to = os.environ["TEST_SIGNAL_AT"], int(os.environ["TEST_SIGNAL_NTH"]), os.environ["TEST_SIGNAL_TO"]
 rank, owner = os.environ.get("RANK", "0"), os.getpid()
 seen = []
@@ -37,8 +37,9 @@ def act():
         for pid in siblings():
             os.kill(pid, signal.SIGTERM)
     else:  # every process of every rank, as a scheduler does it; twice, as impatient ones do
-        for group in [*siblings(), owner] * 2:
-            os.killpg(os.getpgid(group), signal.SIGTERM)
+        groups = [os.getpgid(pid) for pid in [*siblings(), owner] * 2]
+        code = f"import os; [os.killpg(group, {int(signal.SIGTERM)}) for group in {groups}]"
+        subprocess.run([sys.executable, "-ISc", code], check=True, start_new_session=True)
 
 def siblings():
     children = open(f"/proc/{os.getppid()}/task/{os.getppid()}/children").read().split()

@@ -198,6 +198,10 @@ class CheckpointSettings:
     )  # fmt: skip
     save_interval: int = setting(1000, help="optimizer steps between checkpoints; the last step is always saved")
     keep_last: int = setting(0, help="checkpoints to keep; 0 keeps all")
+    async_save: bool = setting(
+        True, help="write checkpoints while the next steps are trained, from copies in the machine's memory where"
+        " there is enough of it (Megatron-DeepSpeed)",
+    )  # fmt: skip
     eval_interval: int = setting(1000, help="optimizer steps between evaluations; 0 evaluates never")
     eval_iters: int = setting(100, help="batches per evaluation")
 

@@ -36,7 +36,7 @@ def build(recipe: PretrainRecipe, engine: str, allocation: Allocation, inputs: I
     """The run's identity as plain data."""
     plain = settings.to_plain(recipe)
     del plain["logging"], plain["cluster"], plain["job"]
-    for name in ("save_interval", "keep_last", "eval_interval", "eval_iters", "output_model_dir"):
+    for name in ("save_interval", "keep_last", "async_save", "eval_interval", "eval_iters", "output_model_dir"):
         del plain["checkpoint"][name]
     del plain["data"]["num_workers"]
     for name in ("engine", "num_processes", "data_parallel_size", "device"):

@@ -21,6 +21,7 @@ from train.engine.megatron_deepspeed.patches import (
     universal_notes,
     whole_checkpoints,
 )
+from train.engine.megatron_deepspeed.saving import Saving
 from train.errors import EXIT_NON_FINITE_LOSS, NonFiniteLossError, UserError
 
 # What a rank does without one patch, and the error that names the reason for it.
@@ -120,13 +121,13 @@ def test_loss_is_found_in_what_upstream_logs() -> None:
 def test_non_finite_loss_ends_the_run(tmp_path: Path, loss: float) -> None:
     (tmp_path / ".global_step6.unfinished-save").mkdir()
     with pytest.raises(NonFiniteLossError, match="at or before step 7; there is no checkpoint yet") as error:
-        progress_lines.refuse_non_finite(loss, 7, tmp_path)
+        progress_lines.refuse_non_finite(loss, 7, tmp_path, Saving())
     assert error.value.exit_code == EXIT_NON_FINITE_LOSS
     (tmp_path / "latest").write_text("global_step3")  # it may be behind, or name a folder that is gone
     (tmp_path / "global_step5").mkdir()
     with pytest.raises(NonFiniteLossError, match=f"the last good checkpoint is {tmp_path}/global_step5"):
-        progress_lines.refuse_non_finite(loss, 7, tmp_path)
-    progress_lines.refuse_non_finite(3.0, 7, tmp_path)
+        progress_lines.refuse_non_finite(loss, 7, tmp_path, Saving())
+    progress_lines.refuse_non_finite(3.0, 7, tmp_path, Saving())
 
 
 def in_a_rank(code: str, engine_path: str, *, disabled: str) -> subprocess.CompletedProcess[str]:
@@ -229,9 +230,11 @@ def test_cpu_kernels_compute_upstreams_formulas() -> None:
 
 
 def test_what_was_saved_is_told_with_its_speed(tmp_path: Path) -> None:
+    step = tmp_path / "global_step8"
+    (step / "folder").mkdir(parents=True)
     for name, size in (("weights.pt", 1_500_000_000), ("state.pt", 500_000_000)):
-        (tmp_path / name).touch()
-        os.truncate(tmp_path / name, size)  # a hole, which takes no disk
-    (tmp_path / "folder").mkdir()
-    told = whole_checkpoints.saved_text("global_step8", tmp_path, 4.0)
-    assert told == "saved global_step8: 2.00 GB in 4.0 s (0.50 GB/s), checksums included"
+        (step / name).touch()
+        os.truncate(step / name, size)  # a hole, which takes no disk
+    told = "saved global_step8: 2.00 GB in 4.0 s (0.50 GB/s), checksums included"
+    assert whole_checkpoints.saved_text(step, 4.0) == told
+    assert whole_checkpoints.saved_text(step, 4.0, 0.7) == f"{told}; training stood still for 0.7 s of it"

@@ -52,7 +52,7 @@ def train(command: list[str], output: Path) -> dict[int, float]:
     """Runs to the end; the losses by step."""
     run(command)
     losses: dict[int, float] = runs.losses(output, "run")
-    assert sorted(losses) == list(range(1, STEPS + 1)) and losses[STEPS] < losses[1]
+    assert sorted(losses) == list(range(1, STEPS + 1)) and losses[STEPS] < losses[1], losses
     return losses
 
 

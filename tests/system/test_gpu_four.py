@@ -46,7 +46,7 @@ def pretrain(corpus: Path, output: Path, **more: object) -> list[str]:
     gpu_runs.require_engine()
     size: dict[str, object] = {
         "model_size": "gpt_1.3B", "sequence_length": 2048, "global_batch_size": 16, "micro_batch_size": 2,
-        "num_processes": 4, "engine": "megatron-deepspeed",
+        "num_processes": 4, "engine": "megatron-deepspeed", "lr": 2e-4, "lr_warmup_tokens": 4 * 16 * 2048,
     }  # fmt: skip
     return list(gpu_runs.pretrain(corpus, output, **{**size, **more}))
 

@@ -18,8 +18,6 @@ from pathlib import Path
 from train import process
 from train.errors import UserError
 
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
-_CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
 _IMPORT_TIMEOUT_S = 300.0
 _ASK_TORCH = """
 import json, torch
@@ -130,18 +128,6 @@ def package_headers() -> tuple[str, ...]:
 def parallel_jobs(*, cores: int, free_gib: float, gib_per_job: float) -> int:
     """How many compilers may run at once without filling the memory: at least one."""
     return max(1, min(cores, int(free_gib / gib_per_job)))
-
-
-def free_memory_gib() -> float:
-    """Memory that is free for us, in GiB: the machine's, or the container's or job's where that is less."""
-    import psutil
-
-    free = psutil.virtual_memory().available
-    try:
-        limit, used = _CGROUP_LIMIT.read_text().strip(), int(_CGROUP_USED.read_text())
-    except (OSError, ValueError):
-        return free / 2**30
-    return min(free, int(limit) - used if limit.isdigit() else free) / 2**30
 
 
 def usable_cores() -> int:

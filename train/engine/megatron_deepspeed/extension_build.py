@@ -22,6 +22,7 @@ from train.engine.megatron_deepspeed import checkout, cuda_toolchain
 from train.engine.megatron_deepspeed.clone import clone, clone_commands, without_credentials
 from train.engine.megatron_deepspeed.extensions import Extension, state
 from train.errors import UserError
+from train.free_memory import free_bytes
 
 _FLASH_ARCHITECTURES = ("80", "90", "100", "120")
 _IMPORT_TIMEOUT_S = 300.0
@@ -47,7 +48,7 @@ def wheel_command(extension: Extension, source: str, folder: Path) -> process.Co
     """
     jobs = cuda_toolchain.parallel_jobs(
         cores=cuda_toolchain.usable_cores(),
-        free_gib=cuda_toolchain.free_memory_gib(),
+        free_gib=free_bytes() / 2**30,
         gib_per_job=extension.gib_per_job,
     )
     environment = {**dict(extension.environment), "TMPDIR": str(folder)}

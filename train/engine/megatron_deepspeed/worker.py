@@ -20,6 +20,7 @@ from train import outcome, settings, start_times
 from train.deepspeed_ops import quote_library_path
 from train.early_end import EndedEarlyError
 from train.engine.megatron_deepspeed import pass_through, patches
+from train.engine.megatron_deepspeed.saving import Saving
 from train.errors import UserError
 from train.monitor import step_profile, wandb_run
 from train.recipe import PretrainRecipe
@@ -58,6 +59,9 @@ def _pretrain_watched(
         train_steps=recipe.train_steps,
         tokens_per_step=recipe.tokens_per_step,
         keep_last=recipe.checkpoint.keep_last,
+        saving=Saving(
+            is_async=recipe.checkpoint.async_save, ranks_on_node=int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        ),
         engine_commit=engine_commit,
         attention=recipe.parallel.attention,
         float8=recipe.training.float8,
@@ -100,6 +104,7 @@ def pretrain(run: patches.Run, arguments: Sequence[str], *, leads: bool) -> None
     except SystemExit as end:
         if end.code not in (None, 0):
             raise
+    run.saving.wait()
 
 
 def pretrain_script() -> Path:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from train.engine.megatron_deepspeed.saving import Saving
 from train.errors import UserError
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class Run:
         train_steps: optimizer steps of the whole run.
         tokens_per_step: tokens of one step over all ranks.
         keep_last: checkpoints to keep; 0 keeps all.
+        saving: how this rank saves; by itself all at once.
         engine_commit: upstream's commit, noted beside the golden logits.
         attention: the recipe's attention kernel: "sdpa", "flash_attention_2" or "eager".
         float8: whether the layers' matrix products are to be made in float8.
@@ -84,6 +86,7 @@ class Run:
     train_steps: int = 1
     tokens_per_step: int = 1
     keep_last: int = 0
+    saving: Saving = field(default_factory=Saving)
     engine_commit: str = "unknown"
     attention: str = "sdpa"
     float8: bool = False

@@ -33,7 +33,7 @@ def _is_last_step() -> bool:
     return bool(args.iteration >= args.train_iters)
 
 
-def _apply(_run: Run) -> str:
+def _apply(run: Run) -> str:
     from megatron import get_args, training
 
     early = early_end.begin(os.environ)
@@ -48,6 +48,7 @@ def _apply(_run: Run) -> str:
     def save_and_end(step: int, *others: Any, **options: Any) -> None:
         save(step, *others, **options)
         if not _is_last_step() and early.agreed():
+            run.saving.wait()
             raise early_end.EndedEarlyError(step, early.reason)
 
     training.train = start

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from train.engine.megatron_deepspeed.patches import Patch, Run
+from train.engine.megatron_deepspeed.saving import Saving
 from train.engine.non_finite import non_finite
 from train.monitor.progress import Progress
 
@@ -19,9 +20,10 @@ def loss_of(losses: Mapping[str, Any]) -> float:
     return float(value.mean()) if hasattr(value, "mean") else float(value)
 
 
-def refuse_non_finite(loss: float, step: int, checkpoint_dir: Path, *, what: str = "the loss") -> None:
-    """Raises `NonFiniteLossError`, naming the last good checkpoint, when the loss is NaN or infinite."""
+def refuse_non_finite(loss: float, step: int, checkpoint_dir: Path, saving: Saving, *, what: str = "the loss") -> None:
+    """Raises `NonFiniteLossError` when the loss is NaN or infinite; the last good checkpoint is written by then."""
     if not math.isfinite(loss):
+        saving.wait()
         raise non_finite(checkpoint_dir, step, what)
 
 
@@ -56,7 +58,7 @@ def _apply(run: Run) -> str:
         skipped, grad_norm = others[2], others[3]
         loss = loss_of(losses)
         if not skipped:  # fp16 lowers its scale and goes on
-            refuse_non_finite(loss, step, Path(args.save))
+            refuse_non_finite(loss, step, Path(args.save), run.saving)
             since_last_line.append(loss)
         result = training_log(losses, total, lr, step, *others, **options)
         is_due = step % args.log_interval == 0 or step in (1, args.train_iters)
@@ -96,7 +98,7 @@ def _apply(run: Run) -> str:
                 line.evaluation(step, loss=loss)
             if run.watch is not None:
                 run.watch(step, {"eval_loss": loss})
-            refuse_non_finite(loss, step, Path(get_args().save), what="the evaluation loss")
+            refuse_non_finite(loss, step, Path(get_args().save), run.saving, what="the evaluation loss")
         return result
 
     save = training.save_checkpoint_and_time
