@@ -124,10 +124,20 @@ def refuse_inputs(folder: Path, inputs: Iterable[Path]) -> None:
 
 def share(folder: Path) -> None:
     """Gives the weights in a folder the permissions of any new file; safetensors lets only their owner read them."""
-    mask = os.umask(0o077)
-    os.umask(mask)
+    mask = _umask()
     for file in folder.rglob("*.safetensors"):
         file.chmod(0o666 & ~mask)
+
+
+def _umask() -> int:
+    """The permissions that new files do not get; asked without setting others for a moment, for other threads' sake."""
+    status = Path("/proc/self/status")
+    for line in status.read_text(encoding="utf-8").splitlines() if status.is_file() else ():
+        if line.startswith("Umask:"):
+            return int(line.split()[1], 8)
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _refuse_existing(path: Path, *, overwrite: bool) -> None:

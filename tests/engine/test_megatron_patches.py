@@ -237,4 +237,6 @@ def test_what_was_saved_is_told_with_its_speed(tmp_path: Path) -> None:
         os.truncate(step / name, size)  # a hole, which takes no disk
     told = "saved global_step8: 2.00 GB in 4.0 s (0.50 GB/s), checksums included"
     assert whole_checkpoints.saved_text(step, 4.0) == told
-    assert whole_checkpoints.saved_text(step, 4.0, 0.7) == f"{told}; training stood still for 0.7 s of it"
+    assert whole_checkpoints.saved_text(step, 4.0, 0.7) == f"{told}; training stood still for 0.7 s"
+    for_want = f"{told}; training stood still for 0.7 s, as there was too little memory for copies of 3 files"
+    assert whole_checkpoints.saved_text(step, 4.0, 0.7, 3) == for_want

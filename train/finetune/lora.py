@@ -9,6 +9,7 @@ Flags and their defaults are those of llm-jp-sft: https://github.com/llm-jp/llm-
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -65,8 +66,10 @@ def quantization(settings: FinetuneSettings) -> Any:
     import torch
     from transformers import BitsAndBytesConfig
 
-    # each product of 8 bits would say that it rounds its input to float16, a few hundred times a step
+    # each product of 8 bits would say that it rounds its input to float16, a few hundred times a step; before 0.50 as a
+    # warning of Python's
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
     return BitsAndBytesConfig(
         load_in_8bit=settings.load_in_8bit,
         load_in_4bit=settings.load_in_4bit,

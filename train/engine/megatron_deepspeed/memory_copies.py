@@ -2,7 +2,7 @@
 
     copies = MemoryCopies(ranks_on_node)
     copies.begin()                   # a checkpoint; nobody needs the copies of the one before any more
-    frozen = copies.take(state)      # None where memory does not suffice
+    frozen = copies.take(state)      # None where it cannot be had
 
 Its pages are kept from one checkpoint to the next: the first touch of a page takes as long as several copies into it.
 """
@@ -29,21 +29,31 @@ class MemoryCopies:
         self._ranks = ranks
         self._kept: list[Any] = []  # torch's storages, in the order in which checkpoints take them
         self._used = 0
+        self._room = 0.0  # bytes that this rank may still take for the checkpoint
 
     def begin(self) -> None:
         """The memory of the copies so far is used again."""
         self._used = 0
+        self._room = _SHARE * free_bytes() / self._ranks
 
     def take(self, state: Any) -> Any | None:
         """The same state with tensors on the processor, which share memory where the given ones do.
 
         Returns:
-            A copy that nothing which happens to `state` changes; None when too little memory is free.
+            A copy that nothing which happens to `state` changes; None when too little memory is free, or for a tensor
+            that could not be copied to the last bit of what torch.save writes of it.
         """
         import torch
 
-        tensors = [tensor for tensor in _tensors(state) if tensor.layout is torch.strided]
+        tensors = list(_tensors(state))
+        if not all(map(_is_plain, tensors)):
+            return None
         storages = {storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
+        if any(  # memory that torch has got from elsewhere
+            tensor.untyped_storage().nbytes() != storages[tensor.untyped_storage().data_ptr()].nbytes()
+            for tensor in tensors
+        ):
+            return None
         if not self._make_room([storage.nbytes() for storage in storages.values()]):
             return None
         places = {}
@@ -67,8 +77,9 @@ class MemoryCopies:
         kept = [storage.nbytes() for storage in self._kept[self._used :]]
         fit = [number < len(kept) and kept[number] == size for number, size in enumerate(sizes)]
         missing = sum(size for size, is_there in zip(sizes, fit, strict=True) if not is_there)
-        if missing * self._ranks > _SHARE * free_bytes():
+        if missing > self._room:
             return False
+        self._room -= missing
         for number, size in enumerate(sizes):
             if not fit[number]:
                 self._kept[self._used + number : self._used + number + 1] = [torch.UntypedStorage(size)]
@@ -76,7 +87,7 @@ class MemoryCopies:
 
 
 def _tensors(value: Any) -> Iterator[Any]:
-    """The plain tensors and parameters in nested containers; what else holds some is copied as Python copies it."""
+    """The tensors and parameters in nested containers; what else holds some is copied as Python copies it."""
     import torch
 
     if type(value) is torch.Tensor or _is_parameter(value):
@@ -87,6 +98,14 @@ def _tensors(value: Any) -> Iterator[Any]:
     elif isinstance(value, (list, tuple)):
         for inner in value:
             yield from _tensors(inner)
+
+
+def _is_plain(tensor: Any) -> bool:
+    """Whether numbers, shape and `requires_grad` are all that torch.save keeps of it."""
+    import torch
+
+    is_view_of_others = tensor.is_conj() or tensor.is_neg() or not tensor.is_leaf
+    return tensor.layout is torch.strided and not tensor.__dict__ and not is_view_of_others
 
 
 def _is_parameter(value: Any) -> bool:

@@ -1,7 +1,7 @@
 """What ranks leave for each other in the store by which torch has brought them together.
 
     leave("step8/3", "done")
-    everyone = read(f"step8/{rank}" for rank in range(ranks))       # waits until all of them are there
+    everyone = read([f"step8/{rank}" for rank in range(ranks)], unless="step8/failed")      # once all of them are there
 
 Collectives belong to the training; a thread beside it may ask the store whenever it wants.
 """
@@ -9,11 +9,16 @@ Collectives belong to the training; a thread beside it may ask the store wheneve
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 _PREFIX = "train/notes/"
 _PAUSE_S = 0.1  # a store that waits lets nobody else ask it meanwhile
+_PATIENCE_S = 60
+
+
+class NotComingError(RuntimeError):
+    """What was waited for will not come; the text is that of the note which says so."""
 
 
 def leave(name: str, text: str) -> None:
@@ -21,12 +26,27 @@ def leave(name: str, text: str) -> None:
     _store().set(_PREFIX + name, text)
 
 
-def read(names: Iterable[str]) -> list[str]:
-    """The texts under these names, in this order, once all of them are there."""
-    store = _store()
+def read(names: Iterable[str], *, unless: str, tell: Callable[[str, int], None] | None = None) -> list[str]:
+    """The texts under these names, in this order, once all of them are there.
+
+    Args:
+        names: of the notes.
+        unless: the name under which somebody says that they will not all come.
+        tell: receives the name of a note that is not there, and the seconds waited, once a minute.
+
+    Raises:
+        NotComingError: there is a note `unless`.
+    """
+    store, began, told = _store(), time.monotonic(), 0
     texts = []
     for name in names:
         while not store.check([_PREFIX + name]):
+            if store.check([_PREFIX + unless]):
+                raise NotComingError(store.get(_PREFIX + unless).decode())
+            waited = int(time.monotonic() - began)
+            if tell is not None and waited >= told + _PATIENCE_S:
+                told = waited
+                tell(name, waited)
             time.sleep(_PAUSE_S)
         texts.append(store.get(_PREFIX + name).decode())
     return texts

@@ -20,8 +20,8 @@ from train import outcome, settings, start_times
 from train.deepspeed_ops import quote_library_path
 from train.early_end import EndedEarlyError
 from train.engine.megatron_deepspeed import pass_through, patches
-from train.engine.megatron_deepspeed.saving import Saving
-from train.errors import UserError
+from train.engine.megatron_deepspeed.saving import Saving, leave
+from train.errors import EXIT_FAILURE, UserError
 from train.monitor import step_profile, wandb_run
 from train.recipe import PretrainRecipe
 from train.run_folder import RunFolder
@@ -30,6 +30,8 @@ from train.run_folder import RunFolder
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains the recipe and reports how it ended."""
     start_times.begin()
+    # DeepSpeed's launcher has a name of its own for it
+    os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))
     words = list(sys.argv[1:] if argv is None else argv)
     end = words.index("--") if "--" in words else len(words)
     parser = argparse.ArgumentParser(description=__doc__)
@@ -59,9 +61,7 @@ def _pretrain_watched(
         train_steps=recipe.train_steps,
         tokens_per_step=recipe.tokens_per_step,
         keep_last=recipe.checkpoint.keep_last,
-        saving=Saving(
-            is_async=recipe.checkpoint.async_save, ranks_on_node=int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        ),
+        saving=Saving(is_async=recipe.checkpoint.async_save, ranks_on_node=int(os.environ["LOCAL_WORLD_SIZE"])),
         engine_commit=engine_commit,
         attention=recipe.parallel.attention,
         float8=recipe.training.float8,
@@ -118,4 +118,9 @@ def pretrain_script() -> Path:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        status = main()
+    except Exception:
+        sys.excepthook(*sys.exc_info())  # torch's, which names the rank
+        status = EXIT_FAILURE
+    leave(status)

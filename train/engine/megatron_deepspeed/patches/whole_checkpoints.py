@@ -11,7 +11,7 @@ import functools
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from train.checkpoint_folders import prune, publish, remove_leftovers
 from train.engine.megatron_deepspeed import rank_notes
 from train.engine.megatron_deepspeed.patches import Patch, Run
 from train.engine.megatron_deepspeed.saving import Saving
+from train.errors import UserError, first_line, user_message
 
 
 @dataclass
@@ -35,7 +36,7 @@ class _Files:
 def _apply(run: Run) -> str:
     import torch
     from deepspeed import DeepSpeedEngine
-    from megatron import training
+    from megatron import checkpointing, training
 
     save_checkpoint, train_step = DeepSpeedEngine.save_checkpoint, training.train_step
     saved_steps: set[int] = set()
@@ -45,10 +46,11 @@ def _apply(run: Run) -> str:
     def save_whole(self: Any, save_dir: str, tag: str | None = None, client_state: Any = None, **options: Any) -> Any:
         if self.global_steps in saved_steps:  # upstream saves the last step twice
             return True
-        began = time.monotonic()
+        asked = time.monotonic()
         folder, name = Path(save_dir), tag or f"global_step{self.global_steps}"
         unfinished = folder / f".{name}.unfinished-save"
         run.saving.begin()
+        began = time.monotonic()
         if torch.distributed.get_rank() == 0:
             remove_leftovers(folder)
         torch.distributed.barrier()
@@ -58,7 +60,7 @@ def _apply(run: Run) -> str:
         with _handing_over(self.checkpoint_engine, run.saving) as files, without_inner_checksums():
             save_checkpoint(self, save_dir, unfinished.name, client_state or {}, **(options | {"save_latest": False}))
         saved_steps.add(self.global_steps)
-        stood_still_s = time.monotonic() - began if files.writers else None
+        stood_still_s = time.monotonic() - asked if run.saving.is_async else None
         run.saving.end(lambda: _write(unfinished, folder / name, files, run.keep_last, began, stood_still_s))
         return True
 
@@ -69,13 +71,37 @@ def _apply(run: Run) -> str:
 
     DeepSpeedEngine.save_checkpoint = save_whole
     training.train_step = train_and_check
+    # what upstream says of a checkpoint that is not written yet
+    checkpointing.print_rank_0 = _without_success(checkpointing.print_rank_0)
+    if hasattr(training, "checkpoint_throughput_calculator"):
+        training.checkpoint_throughput_calculator = lambda *_: None
     return "DeepSpeedEngine.save_checkpoint: into an unfinished folder that is renamed at the end"
 
 
 def _write(
     unfinished: Path, final: Path, files: _Files, keep_last: int, began: float, stood_still_s: float | None
 ) -> None:
-    """Writes what is left, and gives the checkpoint its name when all ranks have written theirs."""
+    """Writes what is left, and gives the checkpoint its name when all ranks have written theirs.
+
+    Raises:
+        UserError: this rank could not write, or another one says so.
+    """
+    import torch
+
+    failed = f"{final.name}/failed"
+    try:
+        _write_and_publish(unfinished, final, files, keep_last, failed)
+    except rank_notes.NotComingError as error:
+        raise UserError(str(error)) from None
+    except BaseException as error:
+        rank_notes.leave(failed, user_message(error) or f"{final.name} was not written: {first_line(error)}")
+        raise
+    if torch.distributed.get_rank() == 0:
+        at_once = len(files.paths) - len(files.writers)
+        print(saved_text(final, time.monotonic() - began, stood_still_s, at_once), flush=True)
+
+
+def _write_and_publish(unfinished: Path, final: Path, files: _Files, keep_last: int, failed: str) -> None:
     import torch
 
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -86,17 +112,39 @@ def _write(
     parts = [f"{final.name}/{one}" for one in range(ranks)]
     rank_notes.leave(parts[rank], json.dumps(checksums(unfinished, names)))
     if rank == 0:
-        sums = {name: value for part in rank_notes.read(parts) for name, value in json.loads(part).items()}
+        told = rank_notes.read(parts, unless=failed, tell=_tell_slow)
+        sums = {name: value for part in told for name, value in json.loads(part).items()}
         publish(unfinished, final, sums)
         prune(final.parent, keep_last)
         rank_notes.leave(_published(final.name), json.dumps(sums))
         rank_notes.remove(parts)
-        print(saved_text(final, time.monotonic() - began, stood_still_s), flush=True)
         return
-    (told,) = rank_notes.read([_published(final.name)])
-    if os.environ.get("LOCAL_RANK") == "0" and unfinished.is_dir():  # a node whose disk is its own
-        publish(unfinished, final, json.loads(told))
+    sums = json.loads(rank_notes.read([_published(final.name)], unless=failed)[0])
+    if os.environ.get("LOCAL_RANK") == "0" and _is_of_this_node_alone(unfinished, final, sums):
+        publish(unfinished, final, sums)
         prune(final.parent, keep_last)
+
+
+def _is_of_this_node_alone(unfinished: Path, final: Path, names: Iterable[str]) -> bool:
+    """Whether the folder is on a disk of this node's own, where the other nodes' files are not.
+
+    A shared folder that the first rank has renamed may seem to be there still: NFS remembers names for a while.
+    """
+    return unfinished.is_dir() and not all((unfinished / name).exists() or (final / name).exists() for name in names)
+
+
+def _tell_slow(note: str, seconds: int) -> None:
+    name, rank = note.split("/")
+    print(f"{name} is not whole yet: rank {rank} has not written its files after {seconds} s", flush=True)
+
+
+def _without_success(say: Callable[[str], None]) -> Callable[[str], None]:
+    @functools.wraps(say)
+    def say_the_rest(text: str) -> None:
+        if "successfully saved checkpoint" not in str(text):
+            say(text)
+
+    return say_the_rest
 
 
 def _published(name: str) -> str:
@@ -104,18 +152,21 @@ def _published(name: str) -> str:
     return f"{name}/published"
 
 
-def saved_text(folder: Path, seconds: float, stood_still_s: float | None = None) -> str:
+def saved_text(folder: Path, seconds: float, stood_still_s: float | None = None, at_once: int = 0) -> str:
     """How much was saved, and how long training stood still for it; files of other nodes' own disks are not counted.
 
     Args:
         folder: the checkpoint.
         seconds: from the beginning to the checkpoint's name.
-        stood_still_s: how much of that training did not go on; None for all of it.
+        stood_still_s: how long training did not go on, where it was to; None for all of it.
+        at_once: files of the first rank that were written then, as they could not be copied.
     """
     size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file()) / 1e9
     speed = f"{size:.2f} GB in {seconds:.1f} s ({size / max(seconds, 1e-9):.2f} GB/s), checksums included"
-    stood_still = "" if stood_still_s is None else f"; training stood still for {stood_still_s:.1f} s of it"
-    return f"saved {folder.name}: {speed}{stood_still}"
+    if stood_still_s is None:
+        return f"saved {folder.name}: {speed}"
+    why = f", as there was too little memory for copies of {at_once} files" if at_once else ""
+    return f"saved {folder.name}: {speed}; training stood still for {stood_still_s:.1f} s{why}"
 
 
 @contextmanager
