@@ -12,7 +12,7 @@ from finetune_samples import SCRIPTS, argv, call  # type: ignore[import-not-foun
 
 from train import cli
 from train.checkpoint import verification
-from train.errors import VerificationError
+from train.errors import UserError, VerificationError
 from train.finetune import adapter
 from train.finetune.merge import MergeSettings, merge_adapter
 
@@ -217,3 +217,16 @@ def test_an_adapter_with_a_tensor_that_was_not_gathered_is_not_saved(tmp_path: P
         with pytest.raises(VerificationError, match=r"has no tensor|lora_B is empty"):
             adapter.save(None, tensors, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_was_cut_short_is_told_by_its_proof(trained: Path, sharp_model: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    folder = shutil.copytree(trained, tmp_path / "cut")
+    golden = {"input_ids": torch.arange(8).unsqueeze(0), "logits": torch.zeros(1, 8, 4)}
+    save_file(golden, tmp_path / "golden.safetensors", metadata={"dtype": "torch.float32"})
+    weights = folder / adapter.WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(UserError, match="cannot be loaded on its base model"):
+        adapter.prove(sharp_model, folder, tmp_path / "golden.safetensors")

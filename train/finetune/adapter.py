@@ -138,10 +138,10 @@ def prove(base_dir: Path, adapter_dir: Path, golden_logits: Path, *, quantizatio
     from safetensors.torch import load_file
     from transformers import AutoTokenizer
 
+    record = _logits_record(base_dir, adapter_dir, golden_logits, quantization)  # which says what cannot be loaded
     stored = load_file(adapter_dir / WEIGHTS)
     up = [weight for name, weight in stored.items() if ".lora_B." in name]
     config = json.loads((adapter_dir / CONFIG).read_text(encoding="utf-8"))
-    record = _logits_record(base_dir, adapter_dir, golden_logits, quantization)
     problems = list(logits_problems(record, "the logits of base and adapter"))
     if not record["finite"]:
         problems.append("the logits of base and adapter hold NaN or infinity.")
