@@ -10,6 +10,7 @@ Its pages are kept from one checkpoint to the next: the first touch of a page ta
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,42 +49,45 @@ class MemoryCopies:
         tensors = list(_tensors(state))
         if not all(map(_is_plain, tensors)):
             return None
-        storages = {storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
-        if any(  # memory that torch has got from elsewhere
-            tensor.untyped_storage().nbytes() != storages[tensor.untyped_storage().data_ptr()].nbytes()
-            for tensor in tensors
-        ):
+        found = [tensor.untyped_storage() for tensor in tensors]
+        storages = {storage.data_ptr(): storage for storage in found}
+        if any(storage.nbytes() != storages[storage.data_ptr()].nbytes() for storage in found):
+            return None  # memory that torch has got from elsewhere
+        places = self._places([storage.nbytes() for storage in storages.values()])
+        if places is None:
             return None
-        if not self._make_room([storage.nbytes() for storage in storages.values()]):
-            return None
-        places = {}
-        for address, storage in storages.items():
-            places[address] = self._kept[self._used].copy_(storage)
-            self._used += 1
+        copies = {
+            address: place.copy_(storage) for (address, storage), place in zip(storages.items(), places, strict=True)
+        }
         copied = {}
-        for tensor in tensors:
-            place = places[tensor.untyped_storage().data_ptr()]
+        for tensor, storage in zip(tensors, found, strict=True):
             same = torch.empty(0, dtype=tensor.dtype).set_(
-                place, tensor.storage_offset(), tensor.shape, tensor.stride()
+                copies[storage.data_ptr()], tensor.storage_offset(), tensor.shape, tensor.stride()
             )
             same = torch.nn.Parameter(same) if _is_parameter(tensor) else same
             copied[id(tensor)] = same.requires_grad_(tensor.requires_grad)
         return copy.deepcopy(state, copied)
 
-    def _make_room(self, sizes: list[int]) -> bool:
-        """Whether there are places of these sizes now, behind those in use."""
+    def _places(self, sizes: list[int]) -> list[Any] | None:
+        """The next storages of these sizes, kept ones where they fit; None when the others would be too much."""
         import torch
 
-        kept = [storage.nbytes() for storage in self._kept[self._used :]]
-        fit = [number < len(kept) and kept[number] == size for number, size in enumerate(sizes)]
-        missing = sum(size for size, is_there in zip(sizes, fit, strict=True) if not is_there)
+        kept = self._kept[self._used : self._used + len(sizes)]
+        fitting = [
+            storage if storage is not None and storage.nbytes() == size else None
+            for size, storage in itertools.zip_longest(sizes, kept)
+        ]
+        missing = sum(size for size, storage in zip(sizes, fitting, strict=True) if storage is None)
         if missing > self._room:
-            return False
+            return None
         self._room -= missing
-        for number, size in enumerate(sizes):
-            if not fit[number]:
-                self._kept[self._used + number : self._used + number + 1] = [torch.UntypedStorage(size)]
-        return True
+        places = [
+            torch.UntypedStorage(size) if storage is None else storage
+            for size, storage in zip(sizes, fitting, strict=True)
+        ]
+        self._kept[self._used : self._used + len(sizes)] = places
+        self._used += len(sizes)
+        return places
 
 
 def _tensors(value: Any) -> Iterator[Any]:

@@ -39,27 +39,26 @@ def _apply(run: Run) -> str:
     from megatron import checkpointing, training
 
     save_checkpoint, train_step = DeepSpeedEngine.save_checkpoint, training.train_step
-    saved_steps: set[int] = set()
-    published: list[str] = []
+    saved: dict[int, str] = {}  # names by step
 
     @functools.wraps(save_checkpoint)
     def save_whole(self: Any, save_dir: str, tag: str | None = None, client_state: Any = None, **options: Any) -> Any:
-        if self.global_steps in saved_steps:  # upstream saves the last step twice
+        if self.global_steps in saved:  # upstream saves the last step twice
             return True
         asked = time.monotonic()
         folder, name = Path(save_dir), tag or f"global_step{self.global_steps}"
         unfinished = folder / f".{name}.unfinished-save"
         run.saving.begin()
         began = time.monotonic()
-        if torch.distributed.get_rank() == 0:
+        leads = torch.distributed.get_rank() == 0
+        if leads:
             remove_leftovers(folder)
         torch.distributed.barrier()
-        if torch.distributed.get_rank() == 0 and published:
-            rank_notes.remove([published.pop()])  # of the checkpoint before, which all ranks have waited for
-        published.append(_published(name))
+        if leads and saved:  # all ranks have waited for the checkpoint before
+            rank_notes.remove([_published(saved[max(saved)])])
         with _handing_over(self.checkpoint_engine, run.saving) as files, without_inner_checksums():
             save_checkpoint(self, save_dir, unfinished.name, client_state or {}, **(options | {"save_latest": False}))
-        saved_steps.add(self.global_steps)
+        saved[self.global_steps] = name
         stood_still_s = time.monotonic() - asked if run.saving.is_async else None
         run.saving.end(lambda: _write(unfinished, folder / name, files, run.keep_last, began, stood_still_s))
         return True
