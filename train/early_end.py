@@ -13,15 +13,14 @@ in the middle of a save. Until the first step is done nothing is lost, and SIGTE
 
 from __future__ import annotations
 
-import functools
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import FrameType
-from typing import Any
 
+from train import data_workers
 from train.errors import EXIT_INTERRUPTED, UserError
 
 END_BY_VARIABLE = "TRAIN_END_BY"  # seconds since 1970 at which the time budget is used up
@@ -91,7 +90,7 @@ class EarlyEnd:
 
 
 def begin(environment: Mapping[str, str]) -> EarlyEnd:
-    """Reads the time budget, and keeps SIGTERM from this rank's data loading processes.
+    """Reads the time budget, and protects this rank's data loading processes.
 
     Raises:
         UserError: TRAIN_END_BY is no number.
@@ -103,7 +102,7 @@ def begin(environment: Mapping[str, str]) -> EarlyEnd:
         raise UserError(
             f"{END_BY_VARIABLE}={given!r}: seconds since 1970 were expected; --time_budget_min sets it."
         ) from None
-    _shield_data_workers()
+    data_workers.protect()
     return EarlyEnd(end_by)
 
 
@@ -121,36 +120,3 @@ def _largest_of_all_ranks(value: int) -> int:
     box = torch.tensor([value], dtype=torch.int32, device=device)
     torch.distributed.all_reduce(box, op=torch.distributed.ReduceOp.MAX)
     return int(box.item())
-
-
-def _shield_data_workers() -> None:
-    """Lets the processes that load data ignore a SIGTERM that came to the whole process group or cgroup of a rank.
-
-    torch gives them a handler that ends them with an error, and the rank, too, which then cannot finish its step.
-    """
-    from torch.utils.data import DataLoader
-
-    create = DataLoader.__init__
-
-    @functools.wraps(create)
-    def create_shielded(self: Any, *others: Any, **options: Any) -> None:
-        create(self, *others, **options)
-        if self.num_workers > 0:
-            self.worker_init_fn = functools.partial(_begin_data_worker, self.worker_init_fn)
-
-    DataLoader.__init__ = create_shielded  # type: ignore[method-assign]
-
-
-def _begin_data_worker(former: Callable[[int], None] | None, worker_id: int) -> None:
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
-    if former is not None:
-        former(worker_id)
-
-
-def _end_when_told_by(rank: int) -> None:
-    """Heeds the SIGTERM of the rank itself, by which Python ends its daemons when it exits, and waits for them."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank:
-        pass
-    os._exit(0)

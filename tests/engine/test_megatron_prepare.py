@@ -161,6 +161,7 @@ def test_command(no_checkout_needed: None, monkeypatch: pytest.MonkeyPatch) -> N
     assert command.environment["PYTHONPATH"] == "/mds:/mine"
     assert command.environment["DS_ACCELERATOR"] == "cpu" and command.environment["LOCAL_SIZE"] == "2"
     assert command.environment["TORCH_EXTENSIONS_DIR"] == "/runs/out/torch_extensions"
+    assert command.environment["THP_MEM_ALLOC_ENABLE"] == "1"
     assert json.loads(command.files[RUN_FOLDER.deepspeed_config]) == deepspeed_config(chosen)
     assert settings.build(PretrainRecipe, __import__("yaml").safe_load(command.files[RUN_FOLDER.recipe])) is not None
 

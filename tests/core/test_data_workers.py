@@ -1,0 +1,118 @@
+"""Data loading processes begin, whatever other threads do at the moment of the fork, and are shielded once."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from train import data_workers
+
+# two threads take and leave the lock of CPython's list of threads without its interpreter lock, as C++ threads do
+_CHURN = """
+import ctypes, os, sys, threading
+from train import data_workers
+
+new, delete = ctypes.CDLL(None).PyThreadState_New, ctypes.CDLL(None).PyThreadState_Delete
+new.restype, new.argtypes, delete.argtypes = ctypes.c_void_p, [ctypes.c_void_p], [ctypes.c_void_p]
+current = ctypes.pythonapi.PyInterpreterState_Get
+current.restype = ctypes.c_void_p
+interpreter = current()
+
+def churn():
+    while True:
+        delete(new(interpreter))
+
+for _ in range(2):
+    threading.Thread(target=churn, daemon=True).start()
+forked = begun = 0
+while begun < 500 and forked < begun + 2:  # until two forks have met the moment
+    def fork():
+        global forked
+        forked += 1
+        return os.fork()
+
+    child = data_workers.fork_that_begins(fork, waits_s=(1.0,) * 30)
+    if child == 0:
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    begun += 1
+print(forked - begun, flush=True)
+os._exit(0)
+"""
+
+
+def fork_that_hangs(times: int, children: list[int]) -> Callable[[], int]:
+    """os.fork, of which the first children never begin."""
+
+    def fork() -> int:
+        child = os.fork()
+        while child == 0 and len(children) < times:
+            signal.pause()
+        children.append(child)
+        return child
+
+    return fork
+
+
+def open_files() -> list[Path]:
+    return list(Path("/proc/self/fd").iterdir())
+
+
+@pytest.mark.parametrize("times", [0, 1, 2])
+def test_a_child_that_does_not_begin_is_replaced(times: int, capfd: pytest.CaptureFixture[str]) -> None:
+    before, children = len(open_files()), list[int]()
+    fork = fork_that_hangs(times, children)
+    child = data_workers.fork_that_begins(fork, waits_s=(0.2, 5.0) if times < 2 else (0.2, 0.2))
+    if child == 0:
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert capfd.readouterr().out.count("did not begin within 0.2 s") == times
+    assert len(open_files()) == before and children[-1] == child and len(children) == times + 1
+    for gone in children:
+        with pytest.raises(ProcessLookupError):
+            os.kill(gone, 0)
+
+
+def test_a_child_that_dies_at_once_is_not_waited_for() -> None:
+    def fork() -> int:
+        child = os.fork()
+        if child == 0:
+            os._exit(3)
+        return child
+
+    child = data_workers.fork_that_begins(fork, waits_s=(60.0,))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+
+
+@pytest.mark.skipif(not data_workers._FORKS_MAY_HANG, reason="this Python forks well: python/cpython#112275")
+def test_children_begin_beside_threads_that_pythons_own_fork_hangs_on(project_root: Path) -> None:
+    if not hasattr(ctypes.CDLL(None), "PyThreadState_New"):
+        pytest.skip("this Python does not export its functions")
+    done = subprocess.run(
+        [sys.executable, "-c", _CHURN], capture_output=True, text=True, timeout=300, check=False, cwd=project_root
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    if int(done.stdout.splitlines()[-1]) == 0:
+        pytest.skip("of 500 forks none met the moment in which Python's own hangs")
+
+
+def test_a_loader_of_a_loaders_parts_is_shielded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.utils.data import DataLoader
+
+    monkeypatch.setattr(DataLoader, "__init__", DataLoader.__init__)
+    monkeypatch.setattr(os, "fork", os.fork)
+    data_workers.protect()
+    numbers: Any = [1, 2]
+    first = DataLoader(numbers, num_workers=1)
+    second = DataLoader(numbers, num_workers=1, worker_init_fn=first.worker_init_fn)
+    assert first.worker_init_fn is not None and second.worker_init_fn is first.worker_init_fn
+    assert DataLoader(numbers).worker_init_fn is None
+    assert [int(batch) for batch in second] == [1, 2]
