@@ -91,7 +91,7 @@ def measure(settings: ThroughputSettings) -> int:
         results.append(row)
         print(_line(row), flush=True)
     for row in results:
-        for told in filter(None, (row.get("start"), row.get("saved"))):
+        for told in (*row.get("said", ()), *row.get("gpus_at_work", ())):
             print(f"{row['name']}: {told}")
     outputs.write_text(settings.output_dir / "results.json", json.dumps(results, indent=2) + "\n")
     return int(any("error" in row for row in results))
@@ -131,7 +131,7 @@ def _run(
     metrics = runs / "metrics" / "run.jsonl"
     metrics.unlink(missing_ok=True)
     with process.marked(command) as (marked, mark):
-        waiting = _Watch(metrics, mark, last_step=0 if settings.save else settings.steps)
+        waiting = _Watch(metrics, mark, steps=settings.steps, kills=not settings.save)
         code, said = process.capture(marked, timeout_s=settings.timeout_s)
         waiting.end()
     runs.mkdir(parents=True, exist_ok=True)
@@ -154,8 +154,8 @@ def _run(
         "first_step_s": batch_tokens / records[0]["tokens_per_second"],
         "start_to_first_step_s": waiting.seconds,
         "last_loss": records[-1]["loss"],
-        "saved": next((line for line in said.splitlines() if line.startswith("saved global_step")), None),
-        "start": next((line for line in said.splitlines() if line.startswith("start: ")), None),
+        "said": [line for line in said.splitlines() if line.startswith(("start: ", "saved global_step"))],
+        "gpus_at_work": waiting.gpus,
         "gpus": gpus,
     }
 
@@ -169,12 +169,24 @@ def _records(metrics: Path) -> list[dict[str, Any]]:
 
 
 class _Watch(threading.Thread):
-    """Waits for the first line of a metrics file, as a user does who watches; at `last_step` it kills the run."""
+    """Waits for the first line of a metrics file, as a user does who watches; sees the GPUs' clocks at the last step.
 
-    def __init__(self, metrics: Path, mark: str, *, last_step: int) -> None:
+    Args:
+        metrics: the file.
+        mark: of the run's processes.
+        steps: how many there will be.
+        kills: whether to kill the run after the last one.
+
+    Attributes:
+        seconds: from the command to the first line.
+        gpus: what nvidia-smi said of each GPU before the last step ended; empty where it says nothing.
+    """
+
+    def __init__(self, metrics: Path, mark: str, *, steps: int, kills: bool) -> None:
         super().__init__(daemon=True)
         self.seconds = math.nan
-        self._metrics, self._mark, self._last_step = metrics, mark, last_step
+        self.gpus: list[str] = []
+        self._metrics, self._mark, self._steps, self._kills = metrics, mark, steps, kills
         self._is_over = threading.Event()
         self._began = time.monotonic()
         self.start()
@@ -184,13 +196,27 @@ class _Watch(threading.Thread):
             steps = len(_records(self._metrics))
             if steps and math.isnan(self.seconds):
                 self.seconds = time.monotonic() - self._began
-            if steps and steps == self._last_step:
-                process.kill_marked(self._mark)
+            if steps >= self._steps - 1 and not self.gpus:
+                self.gpus = _gpus_at_work()
+            if steps == self._steps:
+                if self._kills:
+                    process.kill_marked(self._mark)
                 return
 
     def end(self) -> None:
         self._is_over.set()
         self.join()
+
+
+def _gpus_at_work() -> list[str]:
+    names = ("name", "clocks.sm", "power.draw", "temperature.gpu", "utilization.gpu")
+    query = process.Command(("nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader"))
+    code, said = process.capture(query)
+    lines = [line.split(", ") for line in said.splitlines()] if code == 0 else []
+    return [
+        f"GPU {number} ({name}) at the last step: {clock}, {power}, {celsius} C, {busy} busy"
+        for number, (name, clock, power, celsius, busy) in enumerate(lines)
+    ]
 
 
 def _line(row: dict[str, Any]) -> str:

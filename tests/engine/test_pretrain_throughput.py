@@ -37,6 +37,18 @@ def test_the_published_flops_of_a_gpt(throughput: ModuleType) -> None:
     assert causal == full - attention / 2
 
 
+def test_the_gpus_clocks_are_noted(throughput: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\nfor _ in 0 1; do echo 'NVIDIA H200, 1650 MHz, 698.31 W, 61, 100 %'; done\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    first, second = throughput._gpus_at_work()
+    assert first == "GPU 0 (NVIDIA H200) at the last step: 1650 MHz, 698.31 W, 61 C, 100 % busy"
+    assert second.startswith("GPU 1 ")
+    program.write_text("#!/bin/sh\necho no devices were found; exit 6\n")
+    assert throughput._gpus_at_work() == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("save", [False, True])
 def test_runs_are_measured_and_end_with_their_last_step_or_their_save(
@@ -49,7 +61,8 @@ def test_runs_are_measured_and_end_with_their_last_step_or_their_save(
     assert throughput.main([*flags, "--cases", case, f"wrong: {small} --lr none"]) == 1
     measured, wrong = json.loads((tmp_path / "results.json").read_text())
     assert measured["gpus"] == 1 and measured["tokens_per_second_per_gpu"] > 0 and measured["start_to_first_step_s"] > 0
-    assert save or measured["saved"] is None
+    assert measured["gpus_at_work"] == []
+    assert sum(line.startswith("saved global_step") for line in measured["said"]) == int(save)
     assert not (tmp_path / "runs" / "small" / "checkpoint").exists()
     assert wrong["exit_status"] == 2 and "lr" in wrong["error"]
     assert "| wrong | exit status 2" in capsys.readouterr().out
