@@ -5,6 +5,7 @@ data_workers.protect()    # once in a rank, before it makes a loader
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import select
@@ -40,17 +41,22 @@ def fork_that_begins(fork: Callable[[], int], *, waits_s: tuple[float, ...] = _W
         heard, tell = os.pipe()
         child = fork()
         if child == 0:
-            os.close(heard)
-            os.write(tell, b".")
-            os.close(tell)
+            with contextlib.suppress(OSError):  # nothing may be raised here: a second copy of the rank would go on
+                os.write(tell, b".")
+                os.close(tell)
+                os.close(heard)
             return 0
         os.close(tell)
-        has_begun = bool(select.select([heard], [], [], wait_s)[0])
+        waiting = select.poll()  # select.select takes no file number from 1,024 on
+        waiting.register(heard)
+        has_begun = bool(waiting.poll(1000 * wait_s))
+        if not has_begun:
+            os.kill(child, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):  # whoever ignores SIGCHLD has no dead children
+                os.waitpid(child, 0)
         os.close(heard)
         if has_begun:
             return child
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
         print(f"a data loading process did not begin within {wait_s:g} s (python/cpython#112275): again", flush=True)
     return fork()
 

@@ -1,5 +1,7 @@
 """The micro batch of a run that leaves it open (--micro_batch_size 0), and a word before a GPU runs out of memory.
 
+Whether activations are recomputed goes with it, where that is open, too: only if nothing fits without.
+
 recipe, note = settle(recipe, engine, allocation, gpu=this_gpu(), recorded=None)
 
 What fits and what is fastest is the planner's prediction (train/planner, docs/plan.md).
@@ -75,7 +77,8 @@ def settle(
     if given != AUTOMATIC:
         return recipe, _warning(recipe, engine, allocation, gpu, given) if per_rank % given == 0 else ""
     if recorded and per_rank % recorded == 0:
-        return _with(recipe, recorded), f"micro batch: {recorded}, as in this run so far"
+        recomputes = gpu is not None and _recomputes(recipe, engine, allocation, gpu, recorded)
+        return _with(recipe, recorded, recomputes), f"micro batch: {recorded}, as in this run so far"
     if allocation.device == "cpu":
         size = _largest(per_rank, _ON_A_CPU)
         return _with(recipe, size), f"micro batch: {size}, on a CPU"
@@ -94,18 +97,27 @@ def settle(
         )
     from train.planner.search import lightest
 
-    chosen = lightest(fitting)
-    size = chosen.layout.micro_batch
-    return _with(recipe, size), (
-        f"micro batch: {size}, by the plan as fast as any that fits: {chosen.needed_gib:.0f} of the"
-        f" {gpu.memory_gib:.0f} GiB of this {gpu.name}"
+    chosen = lightest([one for one in fitting if not one.layout.recompute] or fitting)
+    size, recomputes = chosen.layout.micro_batch, chosen.layout.recompute
+    return _with(recipe, size, recomputes), (
+        f"micro batch: {size}{', activations recomputed' if recomputes else ''}, by the plan as fast as any that fits:"
+        f" {chosen.needed_gib:.0f} of the {gpu.memory_gib:.0f} GiB of this {gpu.name}"
     )
+
+
+def _recomputes(recipe: PretrainRecipe, engine: str, allocation: Allocation, gpu: ThisGpu, size: int) -> bool:
+    """Whether this micro batch fits by recomputation alone."""
+    planned = _planned(recipe, engine, allocation, gpu)
+    fitting = [one for one in planned if one.layout.micro_batch == size and one.needed_gib <= _usable(gpu)]
+    return bool(fitting) and all(one.layout.recompute for one in fitting)
 
 
 def _warning(recipe: PretrainRecipe, engine: str, allocation: Allocation, gpu: ThisGpu | None, size: int) -> str:
     if gpu is None or allocation.device == "cpu" or engine != choose.MEGATRON:
         return ""
-    needs = {one.layout.micro_batch: one.needed_gib for one in _planned(recipe, engine, allocation, gpu)}
+    recomputes = bool(recipe.parallel.activation_checkpoint)
+    planned = [one for one in _planned(recipe, engine, allocation, gpu) if one.layout.recompute == recomputes]
+    needs = {one.layout.micro_batch: one.needed_gib for one in planned}
     if needs.get(size, 0.0) <= gpu.memory_gib:
         return ""
     smaller = max((other for other, needed in needs.items() if needed <= _usable(gpu)), default=None)
@@ -179,5 +191,8 @@ def _usable(gpu: ThisGpu) -> float:
     return gpu.memory_gib * (1 - calibration.HEADROOM)
 
 
-def _with(recipe: PretrainRecipe, size: int) -> PretrainRecipe:
-    return dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, micro_batch_size=size))
+def _with(recipe: PretrainRecipe, size: int, recomputes: bool = False) -> PretrainRecipe:
+    given = recipe.parallel.activation_checkpoint
+    parallel = dataclasses.replace(recipe.parallel, activation_checkpoint=recomputes if given is None else given)
+    training = dataclasses.replace(recipe.training, micro_batch_size=size)
+    return dataclasses.replace(recipe, training=training, parallel=parallel)

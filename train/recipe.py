@@ -161,11 +161,16 @@ class ParallelSettings:
     )
     zero_stage: int = setting(0, help="ZeRO: 1 spreads optimizer state, 2 gradients too, 3 weights too")
     offload: str = setting("none", help="what waits in CPU memory", choices=("none", "optimizer", "all"))
-    activation_checkpoint: bool = setting(False, help="recompute activations: less memory, about a third slower")
+    activation_checkpoint: bool | None = setting(
+        None, help="recompute activations: less memory, about a third slower; when not given, only where the plan of"
+        " --micro_batch_size 0 finds that nothing fits without",
+    )  # fmt: skip
     attention: str = setting(
         "sdpa", help="attention kernel", choices=("sdpa", "flash_attention_2", "eager")
     )  # fmt: skip
-    torch_compile: bool = setting(False, help="compile the model with torch.compile (transformers engine)")
+    torch_compile: bool | None = setting(
+        None, help="compile the model with torch.compile (transformers engine); on GPUs, up to ZeRO-2, when not given"
+    )
     device: str = setting("auto", help="where to train", choices=("auto", "cuda", "cpu"))
 
     def problems(self) -> Iterator[str]:

@@ -29,6 +29,10 @@ _LAYOUT = {
     ("settings", "training", "micro_batch_size"),
     ("processes",),
 }
+_COMPUTED = {  # the same sums, with another memory or in another order
+    ("settings", "parallel", "activation_checkpoint"),
+    ("settings", "parallel", "torch_compile"),
+}
 _STRETCHES = "stretches"
 
 
@@ -92,6 +96,8 @@ def check(run_folder: RunFolder, identity: dict[str, Any]) -> None:
     found = []
     known = {key: value for key, value in former.items() if key != _STRETCHES}
     for path, before, now in same_run.differences(known, identity):
+        if path in _COMPUTED:
+            continue
         if path in _LAYOUT and identity["engine"] == former["engine"] == choose.MEGATRON:
             continue
         if path == ("engine_commit",) and "engine_commit" not in former:  # begun before it was recorded

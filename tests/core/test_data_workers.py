@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -66,19 +67,55 @@ def open_files() -> list[Path]:
     return list(Path("/proc/self/fd").iterdir())
 
 
-@pytest.mark.parametrize("times", [0, 1, 2])
-def test_a_child_that_does_not_begin_is_replaced(times: int, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("hanging", [0, 1, 2])
+def test_a_child_that_does_not_begin_is_replaced(hanging: int, capfd: pytest.CaptureFixture[str]) -> None:
     before, children = len(open_files()), list[int]()
-    fork = fork_that_hangs(times, children)
-    child = data_workers.fork_that_begins(fork, waits_s=(0.2, 5.0) if times < 2 else (0.2, 0.2))
+    fork = fork_that_hangs(hanging, children)
+    child = data_workers.fork_that_begins(fork, waits_s=(0.2,) * hanging + (60.0,))
     if child == 0:
         os._exit(7)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-    assert capfd.readouterr().out.count("did not begin within 0.2 s") == times
-    assert len(open_files()) == before and children[-1] == child and len(children) == times + 1
+    assert capfd.readouterr().out.count("did not begin within 0.2 s") == hanging
+    assert len(open_files()) == before and children[-1] == child and len(children) == hanging + 1
     for gone in children:
         with pytest.raises(ProcessLookupError):
             os.kill(gone, 0)
+
+
+def test_the_last_child_is_not_waited_for() -> None:
+    children: list[int] = []
+    child = data_workers.fork_that_begins(fork_that_hangs(2, children), waits_s=(0.2,))
+    os.kill(child, signal.SIGKILL)
+    assert os.waitpid(child, 0)[0] == child == children[-1] and len(children) == 2
+
+
+def test_many_open_files_do_not_matter() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1200), hard))
+    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1050)]
+    child = -1
+    try:
+        child = data_workers.fork_that_begins(os.fork)
+    finally:
+        if child == 0:
+            os._exit(7)
+        for file in files:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+def test_a_child_that_nobody_hears_any_more_raises_nothing() -> None:
+    def fork() -> int:
+        child = os.fork()
+        if child == 0:
+            os.closerange(3, 1024)  # nobody reads; and writing fails, too
+        return child
+
+    child = data_workers.fork_that_begins(fork, waits_s=(60.0,))
+    if child == 0:
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
 def test_a_child_that_dies_at_once_is_not_waited_for() -> None:

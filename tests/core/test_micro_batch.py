@@ -67,6 +67,30 @@ def changed(recipe: PretrainRecipe, part: str, **values: object) -> PretrainReci
     return dataclasses.replace(recipe, **{part: dataclasses.replace(getattr(recipe, part), **values)})
 
 
+def recomputes(recipe: PretrainRecipe, gpu: ThisGpu, **more: object) -> tuple[bool | None, int, str]:
+    found, note = micro_batch.settle(recipe, choose.MEGATRON, ranks(1), gpu=gpu, **more)  # type: ignore[arg-type]
+    return found.parallel.activation_checkpoint, found.training.micro_batch_size, note
+
+
+def test_activations_are_recomputed_only_where_nothing_fits_without(recipe: PretrainRecipe) -> None:
+    small, roomy = (dataclasses.replace(A100, memory_gib=size) for size in (25.5, 80.0))
+    assert recomputes(recipe, roomy)[0] is False
+    is_on, size, note = recomputes(recipe, small)
+    assert is_on and f"micro batch: {size}, activations recomputed, by the plan" in note
+    without = changed(recipe, "parallel", activation_checkpoint=False)
+    assert recomputes(without, small)[0] is False and "even that needs more" in recomputes(without, small)[2]
+    given = changed(recipe, "parallel", activation_checkpoint=True)
+    assert recomputes(given, roomy)[0] is True
+
+
+def test_a_run_that_goes_on_recomputes_where_it_must(recipe: PretrainRecipe) -> None:
+    small, roomy = (dataclasses.replace(A100, memory_gib=size) for size in (25.5, 80.0))
+    assert recomputes(recipe, small, recorded=1)[:2] == (True, 1)
+    assert recomputes(recipe, roomy, recorded=8)[:2] == (False, 8)
+    without = changed(recipe, "parallel", activation_checkpoint=False)
+    assert recomputes(without, small, recorded=1)[:2] == (False, 1)
+
+
 def test_what_zero_spreads_leaves_room(recipe: PretrainRecipe) -> None:
     gpu, many = ThisGpu("NVIDIA A100-SXM4-40GB", 36.0), ranks(8)
     sizes = [

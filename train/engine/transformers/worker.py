@@ -127,6 +127,13 @@ def datasets(recipe: PretrainRecipe) -> tuple[GPTDataset, GPTDataset | None]:
     return sequences("train", recipe.train_steps * batch), held_out
 
 
+def _is_compiled(recipe: PretrainRecipe) -> bool:
+    """What is given; left open, on GPUs: ZeRO-3 fetches weights in hooks, which torch.compile stops at."""
+    if recipe.parallel.torch_compile is not None:
+        return recipe.parallel.torch_compile
+    return os.environ.get("DS_ACCELERATOR") != "cpu" and recipe.parallel.zero_stage < 3
+
+
 def training_arguments(recipe: PretrainRecipe, run_folder: RunFolder) -> Any:
     """The recipe as transformers' TrainingArguments, for this rank."""
     from transformers import TrainingArguments
@@ -150,9 +157,9 @@ def training_arguments(recipe: PretrainRecipe, run_folder: RunFolder) -> Any:
         max_grad_norm=training.clip_grad,
         bf16=training.precision == "bf16",
         fp16=training.precision == "fp16",
-        activation_checkpointing=parallel.activation_checkpoint,
+        activation_checkpointing=bool(parallel.activation_checkpoint),
         activation_checkpointing_kwargs={"use_reentrant": parallel.zero_stage == 3},
-        torch_compile=parallel.torch_compile,
+        torch_compile=_is_compiled(recipe),
         use_cpu=os.environ.get("DS_ACCELERATOR") == "cpu",
         deepspeed=str(run_folder.deepspeed_config) if parallel.zero_stage else None,
         ddp_find_unused_parameters=False,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from train.checkpoint_folders import prune, publish, remove_leftovers
 from train.engine.megatron_deepspeed import rank_notes
 from train.engine.megatron_deepspeed.patches import Patch, Run
 from train.engine.megatron_deepspeed.saving import Saving
-from train.errors import UserError, first_line, user_message
+from train.errors import EXIT_FAILURE, EXIT_USER, UserError, first_line, user_message
 
 
 @dataclass
@@ -91,13 +92,24 @@ def _write(
     try:
         _write_and_publish(unfinished, final, files, keep_last, failed)
     except rank_notes.NotComingError as error:
-        raise UserError(str(error)) from None
+        note = json.loads(str(error))
+        raise UserError(note["problem"], exit_code=note["exit_code"]) from None
     except BaseException as error:
-        rank_notes.leave(failed, user_message(error) or f"{final.name} was not written: {first_line(error)}")
+        rank_notes.leave(failed, _failure(final.name, error))
         raise
     if torch.distributed.get_rank() == 0:
         at_once = len(files.paths) - len(files.writers)
         print(saved_text(final, time.monotonic() - began, stood_still_s, at_once), flush=True)
+
+
+def _failure(name: str, error: BaseException) -> str:
+    """What the other ranks end with, as this one does: JSON of `problem` and `exit_code`."""
+    import torch
+
+    message = str(error) if isinstance(error, UserError) else user_message(error)
+    code = error.exit_code if isinstance(error, UserError) else EXIT_FAILURE if message is None else EXIT_USER
+    who = f"rank {torch.distributed.get_rank()} on {socket.gethostname()}"
+    return json.dumps({"problem": f"{name}, {who}: {message or first_line(error)}", "exit_code": code})
 
 
 def _write_and_publish(unfinished: Path, final: Path, files: _Files, keep_last: int, failed: str) -> None:
