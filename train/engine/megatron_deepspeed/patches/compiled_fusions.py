@@ -1,7 +1,7 @@
 """Upstream's fused functions are TorchScript, which no longer fuses on CUDA; torch.compile does, by the same formula.
 
 nvFuser left TorchScript in PyTorch 2.2, so that bias + GELU and bias + dropout + add run as chains of small kernels:
-a third of a training step on one H200 (docs/megatron_deepspeed.md).
+a third of a training step on one H200 where layers are not compiled as a whole.
 """
 
 from __future__ import annotations

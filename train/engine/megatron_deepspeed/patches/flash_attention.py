@@ -1,8 +1,8 @@
 """`--use-flash-attn-v2` through torch's scaled_dot_product_attention: no package to compile, and fp32 too.
 
 In pretraining all sequences of a batch are equally long, so that flash-attn's interface for varying lengths, which
-upstream calls, has nothing to add. On Hopper torch's cuDNN kernel takes 0.56 of the time of its flash kernel
-(docs/megatron_deepspeed.md). With `--attention flash_attention_2` the package itself is used and this patch is not.
+upstream calls, has nothing to add. On Hopper torch's cuDNN kernel takes 0.59 of the time of its flash kernel
+(benchmarks/RESULTS.md). With `--attention flash_attention_2` the package itself is used and this patch is not.
 """
 
 from __future__ import annotations
