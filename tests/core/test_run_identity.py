@@ -44,6 +44,13 @@ def test_megatron_goes_on_in_another_layout(run_folder: RunFolder) -> None:
     run_identity.check(run_folder, identity(*OTHER_LAYOUT, processes=8))
 
 
+@pytest.mark.parametrize("engine", ["megatron-deepspeed", "transformers"])
+def test_how_it_is_computed_may_change(run_folder: RunFolder, engine: str) -> None:
+    begin(run_folder, identity("--activation_checkpoint", "False", "--torch_compile", "False", engine=engine))
+    run_identity.check(run_folder, identity(engine=engine))
+    run_identity.check(run_folder, identity("--activation_checkpoint", "True", engine=engine))
+
+
 def test_another_version_of_the_engine_is_refused(run_folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """6acc370a's weights under 4efb479d: query, key and value are read in another order, and the loss jumps."""
     monkeypatch.setattr(run_identity.choose, "commit", lambda _engine: "6acc370a")
