@@ -158,11 +158,12 @@ def test_slurm_sees_a_jobs_exit_code(slurm: Slurm, tmp_path):
     assert (facts["JobState"], facts["ExitCode"]) == ("FAILED", "3:0")
 
 
-def test_slurm_ends_a_job_at_its_limit_with_sigterm_first(slurm: Slurm, hosts, tmp_path):
-    text = f"trap 'echo $SLURM_NODEID >> {tmp_path}/told; exit 0' TERM; sleep 1000 & wait"
+def test_slurm_ends_a_job_at_its_limit_with_sigterm_first(slurm: Slurm, tmp_path):
+    text = f"trap 'echo $SLURM_NODEID >> {tmp_path}/told; exit 0' TERM; touch {tmp_path}/set$SLURM_NODEID; "
+    text += "sleep 1000 & wait"
     job = slurm.submit("--partition=short", "--nodes=2", "--wrap", f'srun bash -c "{text.replace("$", chr(92) + "$")}"')
     slurm.wait_for(job, "RUNNING")
-    wait_until(lambda: all(hosts.strays(name) for name in NODES), "the job's ranks to start")
+    wait_until(lambda: all((tmp_path / f"set{node}").exists() for node in (0, 1)), "both ranks to set their traps")
     slurm.reach_limit(job)
     facts = slurm.wait_for(job, "TIMEOUT", "COMPLETED", "FAILED", timeout_s=90)
     assert facts["JobState"] == "TIMEOUT"
