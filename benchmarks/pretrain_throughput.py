@@ -192,12 +192,13 @@ class _Watch(threading.Thread):
         self.start()
 
     def run(self) -> None:
+        has_asked = False
         while not self._is_over.wait(0.05):
             steps = len(_records(self._metrics))
             if steps and math.isnan(self.seconds):
                 self.seconds = time.monotonic() - self._began
-            if steps >= self._steps - 1 and not self.gpus:
-                self.gpus = _gpus_at_work()
+            if steps and steps >= self._steps - 1 and not has_asked:
+                self.gpus, has_asked = _gpus_at_work(), True
             if steps == self._steps:
                 if self._kills:
                     process.kill_marked(self._mark)

@@ -77,7 +77,7 @@ def settle(
     if given != AUTOMATIC:
         return recipe, _warning(recipe, engine, allocation, gpu, given) if per_rank % given == 0 else ""
     if recorded and per_rank % recorded == 0:
-        recomputes = gpu is not None and _recomputes(recipe, engine, allocation, gpu, recorded)
+        recomputes = _recomputes(recipe, engine, allocation, gpu, recorded)
         return _with(recipe, recorded, recomputes), f"micro batch: {recorded}, as in this run so far"
     if allocation.device == "cpu":
         size = _largest(per_rank, _ON_A_CPU)
@@ -105,8 +105,10 @@ def settle(
     )
 
 
-def _recomputes(recipe: PretrainRecipe, engine: str, allocation: Allocation, gpu: ThisGpu, size: int) -> bool:
-    """Whether this micro batch fits by recomputation alone."""
+def _recomputes(recipe: PretrainRecipe, engine: str, allocation: Allocation, gpu: ThisGpu | None, size: int) -> bool:
+    """Whether this micro batch fits by recomputation alone, where that is open."""
+    if gpu is None or recipe.parallel.activation_checkpoint is not None:
+        return False
     planned = _planned(recipe, engine, allocation, gpu)
     fitting = [one for one in planned if one.layout.micro_batch == size and one.needed_gib <= _usable(gpu)]
     return bool(fitting) and all(one.layout.recompute for one in fitting)
@@ -115,8 +117,7 @@ def _recomputes(recipe: PretrainRecipe, engine: str, allocation: Allocation, gpu
 def _warning(recipe: PretrainRecipe, engine: str, allocation: Allocation, gpu: ThisGpu | None, size: int) -> str:
     if gpu is None or allocation.device == "cpu" or engine != choose.MEGATRON:
         return ""
-    recomputes = bool(recipe.parallel.activation_checkpoint)
-    planned = [one for one in _planned(recipe, engine, allocation, gpu) if one.layout.recompute == recomputes]
+    planned = _planned(_with(recipe, size), engine, allocation, gpu)  # what is open about it stays off
     needs = {one.layout.micro_batch: one.needed_gib for one in planned}
     if needs.get(size, 0.0) <= gpu.memory_gib:
         return ""
