@@ -342,8 +342,9 @@ def test_a_connection_that_breaks_off_before_it_is_taken_keeps_nobody_out(play, 
         def accept(self) -> Any:
             connection = listener.accept()
             if errors:
+                error = errors.pop()  # before the other side can see that the connection is closed
                 connection[0].close()
-                raise errors.pop()
+                raise error
             return connection
 
         def __getattr__(self, name: str) -> Any:
