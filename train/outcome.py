@@ -104,7 +104,7 @@ def record(path: Path, body: Callable[[], None], *, leads: bool = True) -> int:
 
 
 def _leave_process_group() -> None:
-    """Ends communication while all ranks are there; left to the end of the process its threads may abort a good run."""
+    """Ends communication while all ranks are there: none may find that another has gone."""
     torch: Any = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_initialized():
         torch.distributed.barrier()

@@ -66,7 +66,7 @@ _TWO_RANKS = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from train import early_end, outcome
+from train import early_end, outcome, rank_end
 
 rank = int(sys.argv[1])
 os.environ["RANK"] = str(rank)
@@ -81,9 +81,12 @@ def body():
         if early.agreed():
             raise early_end.EndedEarlyError(step, early.reason)
 
-code = outcome.record(Path(sys.argv[3]), body, leads=rank == 0)
-assert not torch.distributed.is_initialized()
-raise SystemExit(code)
+def main():
+    code = outcome.record(Path(sys.argv[3]), body, leads=rank == 0)
+    assert not torch.distributed.is_initialized()
+    return code
+
+rank_end.run(main)
 """
 
 

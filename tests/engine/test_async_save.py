@@ -194,7 +194,8 @@ def test_what_a_copy_would_not_keep_is_written_at_once(kind: str) -> None:
 
 LEAVES = """
 import sys, torch
-from train.engine.megatron_deepspeed.saving import Saving, leave
+from train import rank_end
+from train.engine.megatron_deepspeed.saving import Saving
 saving = Saving(is_async=True)
 saving.begin()
 write = saving.writer(torch.save, {"a": torch.zeros(1 << 26)}, sys.argv[1])
@@ -205,7 +206,7 @@ def publish():
 saving.end(publish)
 import time
 time.sleep(0.3)
-leave(4)
+rank_end.run(lambda: 4)
 """
 
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from train import outputs
+from train import outputs, rank_end
 from train.cluster import ranks
 from train.cluster.allocation import Allocation
 from train.cluster.slow_nodes import RankFigures, neighbours
@@ -200,4 +200,4 @@ def _seconds(device: str, work: Callable[[], None], rounds: int) -> list[float]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    rank_end.run(main)

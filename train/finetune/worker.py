@@ -15,7 +15,7 @@ from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any, cast
 
-from train import deepspeed_ops, early_end, outcome
+from train import deepspeed_ops, early_end, outcome, rank_end
 from train import settings as settings_module
 from train.errors import UserError, first_line, refuse
 from train.finetune import batch, lora, methods, modules, trainer_arguments
@@ -174,4 +174,4 @@ def _examples(file: Path) -> Any:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    rank_end.run(main)

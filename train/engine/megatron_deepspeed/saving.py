@@ -8,21 +8,16 @@ The copies are taken between two steps, and what is written from them is what wo
     saving.end(publish)                   # publish() writes the files: here, or in a thread
     saving.check()                        # once a step: raises what went wrong in the thread
     saving.wait()                         # before a run that is done, or has been asked to end, is over
-    leave(status)                         # ends the process, whatever the thread is doing
 """
 
 from __future__ import annotations
 
 import functools
-import os
-import sys
 import threading
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 from train.engine.megatron_deepspeed.memory_copies import MemoryCopies
-
-_THREAD = "train-saving"
 
 
 class Saving:
@@ -62,7 +57,7 @@ class Saving:
             publish()
             return
         # a run that fails is not held up by it: what is not published yet is no checkpoint
-        self._thread = threading.Thread(target=self._run, args=(publish,), name=_THREAD, daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(publish,), name="train-saving", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
@@ -83,12 +78,3 @@ class Saving:
             publish()
         except BaseException as error:  # told by the training, which this thread is not
             self._error = error
-
-
-def leave(status: int) -> NoReturn:
-    """Ends this process with an exit status. Where a file is being written Python would end by SIGABRT instead."""
-    if any(thread.name == _THREAD for thread in threading.enumerate()):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    raise SystemExit(status)

@@ -16,12 +16,12 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from train import outcome, settings, start_times
+from train import outcome, rank_end, settings, start_times
 from train.deepspeed_ops import quote_library_path
 from train.early_end import EndedEarlyError
 from train.engine.megatron_deepspeed import pass_through, patches
-from train.engine.megatron_deepspeed.saving import Saving, leave
-from train.errors import EXIT_FAILURE, UserError
+from train.engine.megatron_deepspeed.saving import Saving
+from train.errors import UserError
 from train.monitor import step_profile, wandb_run
 from train.recipe import PretrainRecipe
 from train.run_folder import RunFolder
@@ -118,9 +118,4 @@ def pretrain_script() -> Path:
 
 
 if __name__ == "__main__":
-    try:
-        status = main()
-    except Exception:
-        sys.excepthook(*sys.exc_info())  # torch's, which names the rank
-        status = EXIT_FAILURE
-    leave(status)
+    rank_end.run(main)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from train import deepspeed_ops, early_end, outcome, settings
+from train import deepspeed_ops, early_end, outcome, rank_end, settings
 from train.checkpoint_folders import remove_leftovers
 from train.data.blend import read_blend
 from train.data.gpt_dataset import GPTDataset
@@ -180,4 +180,4 @@ def training_arguments(recipe: PretrainRecipe, run_folder: RunFolder) -> Any:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    rank_end.run(main)
