@@ -52,7 +52,10 @@ class LossCurveSettings:
         "",
         help="further flags of pretrain.sh for the second run, such as '--float8 True'; both then have all patches",
     )
-    gpus: tuple[str, ...] = setting((), help="a GPU number for each of the two, which then run side by side")
+    gpus: tuple[str, ...] = setting(
+        (),
+        help="the GPUs of each of the two, such as 0 1, or 0,1 2,3 for two processes each; they then run side by side",
+    )
     timeout_s: float = setting(24 * 3600.0, help="give a run up after so long")
     largest_difference_percent: float = setting(0.5, help="of the mean loss of the last 50 steps; more is a failure")
     dry_run: bool = setting(False, help="print the commands", flag_only=True)
@@ -161,7 +164,13 @@ def plot(title: str, losses: Mapping[str, Sequence[float]]) -> str:
 def _problems(settings: LossCurveSettings) -> list[str]:
     problems = []
     if settings.gpus and len(settings.gpus) != 2:
-        problems.append(f"--gpus {' '.join(settings.gpus)}: two were expected, one for each run.")
+        problems.append(f"--gpus {' '.join(settings.gpus)}: two words were expected, one for each run.")
+    processes = _sizes(settings.flags).get("--num_processes", "1")
+    if settings.gpus and any(str(len(word.split(","))) != processes for word in settings.gpus):
+        problems.append(
+            f"--gpus {' '.join(settings.gpus)}: each run has --num_processes {processes}; name so many GPUs for each,"
+            " with commas between them, or leave --gpus out: the runs then follow each other."
+        )
     if settings.steps < 4:
         problems.append(f"--steps {settings.steps}: at least 4 were expected.")
     if settings.other_flags and settings.switched_off != "speed":
@@ -169,9 +178,13 @@ def _problems(settings: LossCurveSettings) -> list[str]:
     return problems
 
 
+def _sizes(flags: str) -> dict[str, str]:
+    """Each flag's value."""
+    return dict(itertools.pairwise(flags.split()))
+
+
 def _command(settings: LossCurveSettings, number: int, curve: Curve) -> process.Command:
-    words = settings.flags.split()
-    sizes = dict(itertools.pairwise(words))
+    sizes = _sizes(settings.flags)
     step_tokens = int(sizes.get("--sequence_length", 0)) * int(sizes.get("--global_batch_size", 0))
     if not step_tokens:
         raise UserError(f"--flags {settings.flags!r}: --sequence_length and --global_batch_size are needed.")
@@ -193,7 +206,7 @@ def _command(settings: LossCurveSettings, number: int, curve: Curve) -> process.
     environment = dict(curve.environment)
     if settings.gpus:
         environment["CUDA_VISIBLE_DEVICES"] = settings.gpus[number]
-    return process.Command((*argv, *words, *curve.flags.split(), "--overwrite"), environment)
+    return process.Command((*argv, *settings.flags.split(), *curve.flags.split(), "--overwrite"), environment)
 
 
 def _run(settings: LossCurveSettings, name: str, command: process.Command) -> list[float]:

@@ -3,7 +3,7 @@
 
 Random tokens of a vocabulary of 32,000, so that nothing is learned and nothing cached; the first steps are left out;
 data loading, optimizer and logging are in. A run is killed after its last step, unless its save is wanted too.
-FLOPs are counted by one formula for every engine and setting:
+FLOPs are counted by one formula for every engine and setting, from the shape that the run itself has resolved:
 6 per token and weight of a matrix product, and attention's 12 x layers x length x hidden per token (its whole square;
 half of that counted as "causal", which is what a kernel that skips the masked half computes).
 """
@@ -26,7 +26,8 @@ from typing import Any
 from train import cli, outputs, process
 from train.errors import UserError
 from train.model_sizes import MODEL_SIZES
-from train.settings import setting
+from train.recipe import ModelSettings, PretrainRecipe
+from train.settings import build, read_yaml, setting
 
 _SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "step2_pretrain_model" / "pretrain.py"
 _VOCABULARY = 32_000
@@ -45,8 +46,8 @@ class ThroughputSettings:
     cases: tuple[str, ...] = setting(
         (
             "upstream: --micro_batch_size 8 ! TRAIN_DISABLED_PATCHES=speed",
-            "defaults: --micro_batch_size 16",
-            "transformers: --engine transformers --torch_compile True --micro_batch_size 8",
+            "defaults: --micro_batch_size 0",
+            "transformers: --engine transformers --micro_batch_size 8",
         ),
         help="NAME: FLAGS of pretrain.sh [! VARIABLE=VALUE ...]",
     )
@@ -55,15 +56,15 @@ class ThroughputSettings:
     dry_run: bool = setting(False, help="print the commands", flag_only=True)
 
 
-def flops_per_token(model_size: str, sequence_length: int) -> tuple[float, float]:
-    """FLOPs of forward and backward per token: attention counted whole, and causal."""
-    size = MODEL_SIZES[model_size]
-    hidden, ffn = size.hidden_size, size.ffn_hidden_size or 4 * size.hidden_size
-    key_value = hidden * size.num_key_value_heads // size.num_attention_heads
-    matrices = 3 if size.architecture != "gpt2" else 2
+def flops_per_token(model: ModelSettings) -> tuple[float, float]:
+    """FLOPs of forward and backward per token of a resolved model: attention counted whole, and causal."""
+    layers, hidden, heads = model.num_layers or 0, model.hidden_size or 0, model.num_attention_heads or 1
+    ffn = model.ffn_hidden_size or 4 * hidden
+    key_value = hidden * (model.num_key_value_heads or heads) // heads
+    matrices = 3 if model.architecture != "gpt2" else 2
     layer = 2 * hidden * hidden + 2 * hidden * key_value + matrices * hidden * ffn
-    weights = size.num_layers * layer + _VOCABULARY * hidden
-    attention = 12 * size.num_layers * sequence_length * hidden
+    weights = layers * layer + _VOCABULARY * hidden
+    attention = 12 * layers * model.sequence_length * hidden
     return 6.0 * weights + attention, 6.0 * weights + attention / 2
 
 
@@ -73,21 +74,20 @@ def measure(settings: ThroughputSettings) -> int:
         raise UserError(
             f"--steps {settings.steps} --warm_up_steps {settings.warm_up_steps}: no step is left to count; take more."
         )
-    data = settings.output_dir / "data"
+    documents = 2 * settings.global_batch_size * settings.steps
+    data = settings.output_dir / "data" / f"{documents}x{settings.sequence_length}"
     commands = [_command(settings, data, case) for case in settings.cases]
     if settings.dry_run:
         for _, command in commands:
             print(command.text())
         return 0
-    _write_data(data, settings)
-    full, causal = flops_per_token(settings.model_size, settings.sequence_length)
+    _write_data(data, documents, settings.sequence_length)
     print(f"{settings.model_size}, sequences of {settings.sequence_length}, global batch {settings.global_batch_size}")
-    print(f"FLOPs per token: {full:.4g} (full), {causal:.4g} (causal)")
     print("| case | ms/step | tokens/s per GPU | TFLOP/s full | causal | GiB | s to first step | last loss |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
     results = []
     for name, command in commands:
-        row = _run(settings, name, command, full, causal)
+        row = _run(settings, name, command)
         results.append(row)
         print(_line(row), flush=True)
     for row in results:
@@ -124,9 +124,7 @@ def _command(settings: ThroughputSettings, data: Path, case: str) -> tuple[str, 
     return name.strip(), process.Command((*argv, *words.split(), "--overwrite"), environment)
 
 
-def _run(
-    settings: ThroughputSettings, name: str, command: process.Command, full: float, causal: float
-) -> dict[str, Any]:
+def _run(settings: ThroughputSettings, name: str, command: process.Command) -> dict[str, Any]:
     runs = settings.output_dir / "runs" / name
     metrics = runs / "metrics" / "run.jsonl"
     metrics.unlink(missing_ok=True)
@@ -142,10 +140,13 @@ def _run(
         return {"name": name, "error": (said.strip().splitlines() or [""])[-1][:200], "exit_status": code}
     steady = [record["tokens_per_second"] for record in records[settings.warm_up_steps :]]
     gpus = int(re.search(r"^layout: world size (\d+)", said, re.MULTILINE)[1])  # type: ignore[index]
-    batch_tokens = settings.global_batch_size * settings.sequence_length
+    recipe = build(PretrainRecipe, read_yaml(runs / "recipe" / "run.yaml"))  # a case may change any of it
+    full, causal = flops_per_token(recipe.model)
+    batch_tokens = recipe.tokens_per_step
     rate = 1 / statistics.fmean(1 / value for value in steady) / gpus  # tokens over seconds, not a mean of rates
     return {
         "name": name,
+        "flops_per_token": full,
         "ms_per_step": 1000 * batch_tokens / (rate * gpus),
         "tokens_per_second_per_gpu": rate,
         "tflops_full": rate * full / 1e12,
@@ -236,8 +237,8 @@ def _line(row: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _write_data(folder: Path, settings: ThroughputSettings) -> None:
-    """A tokenizer of numbered pieces and enough random tokens for two runs; kept."""
+def _write_data(folder: Path, documents: int, length: int) -> None:
+    """A tokenizer of numbered pieces and random tokens, enough for two runs so that none comes twice; kept."""
     if folder.is_dir():
         return
     import numpy as np
@@ -249,8 +250,8 @@ def _write_data(folder: Path, settings: ThroughputSettings) -> None:
         random = np.random.default_rng(1)
         prefix = unfinished / "random_text_document"
         with IndexedDatasetWriter(Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), np.dtype(np.uint16)) as writer:
-            for _ in range(2 * settings.global_batch_size * settings.steps):
-                writer.add_document(random.integers(3, _VOCABULARY, settings.sequence_length + 1, dtype=np.uint16))
+            for _ in range(documents):
+                writer.add_document(random.integers(3, _VOCABULARY, length + 1, dtype=np.uint16))
 
 
 def _numbered_pieces() -> bytes:

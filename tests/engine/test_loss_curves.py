@@ -120,3 +120,13 @@ def test_what_is_asked_wrongly_is_told_at_once(loss_curves: ModuleType, capsys: 
     assert loss_curves.main(["--input_tokenizer_file", "t.model", "--data_path", "d", "--steps", "2", *more]) == 2
     said = capsys.readouterr().err
     assert "--steps 2" in said and "--gpus 0" in said and "--other_flags --switched_off" in said
+
+
+def test_each_run_is_given_as_many_gpus_as_it_has_processes(
+    loss_curves: ModuleType, commands: list[Command], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two = ["--flags", "--sequence_length 64 --global_batch_size 4 --num_processes 2"]
+    assert loss_curves.main(words(tmp_path, *two, "--gpus", "0", "1")) == 2
+    assert "--gpus 0 1: each run has --num_processes 2; name so many GPUs for each" in capsys.readouterr().err
+    assert loss_curves.main(words(tmp_path, *two, "--gpus", "0,1", "2,3")) == 0
+    assert [command.environment["CUDA_VISIBLE_DEVICES"] for command in commands] == ["0,1", "2,3"]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -7,6 +8,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from train.model_sizes import MODEL_SIZES
+from train.recipe import ModelSettings
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +35,10 @@ def test_a_run_of_which_nothing_would_be_counted_is_refused(
 
 def test_the_published_flops_of_a_gpt(throughput: ModuleType) -> None:
     """24 layers x 2,048, vocabulary 32,000, 2,048 tokens: 1,273.5 million weights in matrix products."""
-    full, causal = throughput.flops_per_token("gpt_1.3B", 2048)
+    size = dataclasses.asdict(MODEL_SIZES["gpt_1.3B"])
+    names = {field.name for field in dataclasses.fields(ModelSettings)}
+    model = ModelSettings(**{name: value for name, value in size.items() if name in names})
+    full, causal = throughput.flops_per_token(model)
     attention = 12 * 24 * 2048 * 2048
     assert full == 6 * (24 * 12 * 2048**2 + 32_000 * 2048) + attention
     assert causal == full - attention / 2
@@ -62,6 +69,9 @@ def test_runs_are_measured_and_end_with_their_last_step_or_their_save(
     measured, wrong = json.loads((tmp_path / "results.json").read_text())
     assert measured["gpus"] == 1 and measured["tokens_per_second_per_gpu"] > 0 and measured["start_to_first_step_s"] > 0
     assert measured["gpus_at_work"] == []
+    # the shape that was trained, not the one that --model_size names: 1 layer x 32
+    assert measured["flops_per_token"] == 6 * (12 * 32**2 + 32_000 * 32) + 12 * 32 * 32
+    assert measured["ms_per_step"] == pytest.approx(1000 * 4 * 32 / measured["tokens_per_second_per_gpu"])
     assert save or not any(line.startswith("saved") for line in measured["said"])
     assert not (tmp_path / "runs" / "small" / "checkpoint").exists()
     assert wrong["exit_status"] == 2 and "lr" in wrong["error"]
