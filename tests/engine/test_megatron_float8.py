@@ -270,4 +270,4 @@ def test_layers_of_upstreams_own_are_refused(engine: None, launch: Any, tmp_path
     environment = {FORCED_VARIABLE: "compiled-layers,float8"}
     done = launch("step2_pretrain_model/pretrain.sh", *words, environment=environment)
     assert done.returncode == EXIT_USER, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "--float8 --megatron_arguments: these layers are upstream's own" in done.stdout + done.stderr
+    assert "--float8 needs layers that --squared-relu True changes: leave one of them out." in done.stdout + done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,11 +17,13 @@ from train.engine.megatron_deepspeed import checkout, column_linear, exchange, t
 from train.engine.megatron_deepspeed.patches import (
     DISABLED_VARIABLE,
     FORCED_VARIABLE,
+    all_patches,
     compiled_layers,
     fused_cross_entropy,
 )
 from train.engine.megatron_deepspeed.transformer_layer import InParts, LayerShape, LayerWeights
 
+_ONLY_ON_GPUS = {"compiled-fusions", "compiled-layers", "fused-cross-entropy", "travelling-products"}
 SHAPE = LayerShape(groups=2, queries_per_group=2, head_dim=4, epsilon=1e-5, activation="swiglu")
 HIDDEN, INSIDE = 16, 24
 
@@ -179,53 +182,77 @@ def test_ids_of_other_ranks_count_nothing_here() -> None:
         assert fused_cross_entropy.sums(logits, maximum, torch.tensor([target]))[1].tolist() == [0.0]
 
 
-LAYOUTS: dict[str, dict[str, object]] = {
-    "gpt_tp2_pp2": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "num_processes": 4, "micro_batch_size": 2},
-    "llama_sp": {
-        "micro_batch_size": 2,
-        "tensor_parallel_size": 2,
-        "sequence_parallel": True,
-        "num_processes": 2,
-        "architecture": "llama",
-        "num_key_value_heads": 2,
-        "ffn_hidden_size": 24,
-    },
-    "gpt_sp": {"micro_batch_size": 2, "tensor_parallel_size": 2, "sequence_parallel": True, "num_processes": 2},
-    "bf16": {"precision": "bf16", "zero_stage": 1, "num_processes": 2, "micro_batch_size": 1},
-}
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({}, []),
+        ({"hidden_dropout": 0.1, "num_experts": [4]}, ["--hidden-dropout 0.1", "--num-experts [4]"]),
+        (
+            {"rotary_percent": 0.5, "recompute_granularity": "full"},
+            ["--recompute-granularity full", "--rotary-percent 0.5"],
+        ),
+        ({"ds_sequence_parallel_size": 2}, ["--ds-sequence-parallel-size 2"]),
+        ({"checkpoint_activations": True}, []),
+    ],
+)
+def test_layers_that_are_not_plain_are_upstreams_own_and_said_to_be(
+    given: dict[str, Any], told: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = {"rank": 0, "hidden_dropout": 0.0, "attention_dropout": 0.0, "num_experts": [1], "rotary_percent": 1.0}
+    args = types.SimpleNamespace(**{**plain, **given})
+    assert compiled_layers.oddities(args) == told
+    assert compiled_layers._is_plain(args) is (told == [])
+    said = f"note: the layers are upstream's own, which are slower, because of {', '.join(told)}\n" if told else ""
+    assert capsys.readouterr().out == said
+
+
+_LLAMA = {"architecture": "llama", "num_key_value_heads": 2, "ffn_hidden_size": 24}
+_TWO = {"tensor_parallel_size": 2, "num_processes": 2}
+_SPLIT = {**_TWO, "sequence_parallel": True}
+_BF16 = {"precision": "bf16", "zero_stage": 1, "micro_batch_size": 1}
+_RECOMPUTED = {"activation_checkpoint": True}
 _IN_PARTS = "compiled-layers,fused-cross-entropy"
 _TRAVELLING = "compiled-layers,travelling-products,fused-cross-entropy"
+LAYOUTS: dict[str, tuple[str, dict[str, object]]] = {
+    "gpt": (_IN_PARTS, {}),
+    "llama": (_IN_PARTS, _LLAMA),
+    "gpt_recomputed": (_IN_PARTS, _RECOMPUTED),
+    "gpt_tp2_pp2": (_IN_PARTS, {**_TWO, "pipeline_parallel_size": 2, "num_processes": 4}),
+    "llama_split": (_IN_PARTS, {**_SPLIT, **_LLAMA}),
+    "llama_travelling": (_TRAVELLING, {**_SPLIT, **_LLAMA}),
+    "gpt_travelling": (_TRAVELLING, _SPLIT),
+    "gpt_travelling_recomputed": (_TRAVELLING, {**_SPLIT, **_RECOMPUTED}),
+    "bf16_dp2": (_IN_PARTS, {**_BF16, "num_processes": 2}),
+    "bf16_pp2_dp2": (_IN_PARTS, {**_BF16, "pipeline_parallel_size": 2, "num_processes": 4}),
+}
 
 
 @pytest.mark.slow
 @pytest.mark.megatron
 @pytest.mark.xdist_group("megatron_engine")
-@pytest.mark.parametrize(
-    ("name", "forced"),
-    [
-        *((name, _IN_PARTS) for name in LAYOUTS if name != "gpt_sp"),
-        *((name, _TRAVELLING) for name in ("llama_sp", "gpt_sp")),
-    ],
-)
-def test_the_engine_trains_to_the_same_losses(name: str, forced: str, launch: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_engine_trains_to_the_same_losses(name: str, launch: Any, tmp_path: Path) -> None:
     if checkout.find_checkout() is None:
         pytest.skip(checkout.why_missing())
     corpus = write_corpus(tmp_path)
+    forced, layout = LAYOUTS[name]
+    for_speed = {patch.name for patch in all_patches() if patch.is_for_speed}
     losses, norms = [], []
-    for job, environment in (
-        ("upstream", {DISABLED_VARIABLE: "cpu-kernels,speed"}),
-        ("fused", {FORCED_VARIABLE: forced}),
+    for job, environment, applied in (
+        ("upstream", {DISABLED_VARIABLE: "cpu-kernels,speed"}, set()),
+        ("fused", {FORCED_VARIABLE: forced}, for_speed - _ONLY_ON_GPUS | set(forced.split(","))),
     ):
-        words = flags(corpus, tmp_path / "out", job_name=job, **LAYOUTS[name])
+        words = flags(corpus, tmp_path / "out", job_name=job, **layout)
         done = launch("step2_pretrain_model/pretrain.sh", *words, environment=environment)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        assert ("patch compiled-layers: applied" in done.stdout) == (job == "fused")
-        assert ("patch travelling-products: applied" in done.stdout) == (job == "fused" and forced == _TRAVELLING)
+        assert for_speed & set(re.findall(r"^patch ([\w-]+): applied", done.stdout, re.MULTILINE)) == applied
+        assert "upstream's own" not in done.stdout
         lines = (tmp_path / "out" / "metrics" / f"{job}.jsonl").read_text().splitlines()
         records = [record for record in map(json.loads, lines) if "loss" in record]
         losses.append([record["loss"] for record in records])
         norms.append([record["grad_norm"] for record in records if "grad_norm" in record])
+    is_bf16 = layout.get("precision") == "bf16"
     assert len(losses[0]) == 8
-    assert losses[1] == pytest.approx(losses[0], rel=2e-2 if name == "bf16" else 1e-5)
-    if name == "bf16":  # where upstream tells them; Adam hides a wrong scale from the loss
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2 if is_bf16 else 1e-5)
+    if is_bf16:  # where upstream tells them; Adam hides a wrong scale from the loss
         assert len(norms[0]) == 8 and norms[1] == pytest.approx(norms[0], rel=0.05)

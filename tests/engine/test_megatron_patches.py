@@ -14,8 +14,10 @@ import pytest
 
 from train.engine.megatron_deepspeed import patches
 from train.engine.megatron_deepspeed.patches import (
+    batch_broadcast,
     cpu_kernels,
     golden_logits,
+    last_outputs,
     progress_lines,
     stand_in,
     universal_notes,
@@ -128,6 +130,56 @@ def test_non_finite_loss_ends_the_run(tmp_path: Path, loss: float) -> None:
     with pytest.raises(NonFiniteLossError, match=f"the last good checkpoint is {tmp_path}/global_step5"):
         progress_lines.refuse_non_finite(loss, 7, tmp_path, Saving())
     progress_lines.refuse_non_finite(3.0, 7, tmp_path, Saving())
+
+
+def test_the_last_stage_gives_its_logits_back_after_it_has_walked_back_from_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+    walked: list[int] = []
+    backward = PipelineEngine._exec_backward_pass
+    key = next(key for key, method in PipelineEngine._INSTRUCTION_MAP.items() if method is backward)
+    monkeypatch.setattr(PipelineEngine, "_exec_backward_pass", lambda self, buffer_id: walked.append(buffer_id))
+    monkeypatch.setattr(PipelineEngine, "_INSTRUCTION_MAP", {key: PipelineEngine._exec_backward_pass})
+    assert last_outputs.PATCH.apply(patches.Run())
+    for is_last, kept in ((True, ["first", None]), (False, ["first", "second"])):
+        stage = types.SimpleNamespace(
+            pipe_buffers={"outputs": ["first", "second"]}, is_last_stage=lambda is_last=is_last: is_last
+        )
+        PipelineEngine._INSTRUCTION_MAP[key](stage, 1)  # as DeepSpeed's schedule calls it
+        assert stage.pipe_buffers["outputs"] == kept
+    assert walked == [1, 1]
+
+
+def test_micro_batches_are_sent_without_their_sizes_and_must_keep_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    asked: list[str] = []
+
+    def upstream(keys: list[str], data: dict[str, Any], datatype: Any) -> dict[str, Any]:
+        asked.extend(keys)
+        return {key: data[key].to(datatype) for key in keys}
+
+    module = types.ModuleType("megatron.core")
+    module.mpu = types.SimpleNamespace(  # type: ignore[attr-defined]
+        get_sequence_parallel_world_size=lambda: 1, get_tensor_model_parallel_rank=lambda: 0,
+        get_tensor_model_parallel_world_size=lambda: 1,
+    )  # fmt: skip
+    module.tensor_parallel = types.SimpleNamespace(broadcast_data=upstream)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "megatron", types.ModuleType("megatron"))
+    monkeypatch.setitem(sys.modules, "megatron.core", module)
+    assert batch_broadcast.PATCH.apply(patches.Run())
+    send = module.tensor_parallel.broadcast_data
+    batches = [torch.full((2, 5), value) for value in (3, 4)]
+    for batch in batches:
+        assert torch.equal(send(["text"], {"text": batch}, torch.int64)["text"], batch)
+    assert asked == ["text"]  # of the first one alone
+    for other in (torch.zeros(2, 6, dtype=torch.int64), torch.zeros(2, 5)):
+        with pytest.raises(ValueError, match=r"the first one was torch.int64 \[2, 5\]: TRAIN_DISABLED_PATCHES="):
+            send(["text"], {"text": other}, torch.int64)
+    send(["text", "mask"], {"text": batches[0], "mask": batches[1]}, torch.int64)
+    assert asked == ["text", "text", "mask"]
 
 
 def in_a_rank(code: str, engine_path: str, *, disabled: str) -> subprocess.CompletedProcess[str]:

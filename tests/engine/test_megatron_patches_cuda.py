@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -31,9 +32,29 @@ def test_the_norm_of_many_tensors_is_apexs() -> None:
     assert norm.tolist() == [5.0] and per_tensor is None
 
 
-def test_attention_is_causal_softmax_attention() -> None:
+@pytest.fixture(autouse=True)
+def _ask_again() -> Iterator[None]:
+    flash_attention.is_cudnn_faster.cache_clear()
+    yield
+    flash_attention.is_cudnn_faster.cache_clear()
+
+
+@pytest.mark.parametrize(("capability", "faster"), [(None, False), ((8, 0), False), ((9, 0), True), ((10, 0), False)])
+def test_cudnns_attention_is_preferred_where_it_was_measured(
+    capability: tuple[int, int] | None, faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import torch
 
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert flash_attention.is_cudnn_faster() is faster
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+def test_attention_is_causal_softmax_attention(in_order: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(flash_attention, "is_cudnn_faster", lambda: in_order)
     torch.manual_seed(1)
     query, key, value = (torch.randn(2, 6, 3, 8) for _ in range(3))  # [batch, sequence, heads, head_dim]
     found = flash_attention.attend(query, key, value, dropout=0.0, scale=None, causal=True)

@@ -105,8 +105,7 @@ def layer_seconds(shape: Shape, layout: Layout, precision: str, cluster: Cluster
     seconds = max(seconds + gaps, launches * (4 / 3 if layout.recompute else 1))
     collectives = 2 * (forwards + 1)  # with sequence parallelism each is a gather and a scatter, of the same bytes
     waiting = all_reduce_seconds(value * tokens * shape.hidden, cluster, stride=1, size=tensor)
-    # the patch travelling-products, for which recomputed layers are upstream's own
-    travels = layout.sequence_parallel and not layout.recompute and tensor <= cluster.gpus_per_node
+    travels = layout.sequence_parallel and tensor <= cluster.gpus_per_node  # the patch travelling-products
     return seconds + collectives * waiting * (1 - (calibration.TENSOR_OVERLAP if travels else 0.0))
 
 

@@ -18,7 +18,7 @@ from train.engine.megatron_deepspeed import (
     transformer_layer,
     travelling_products,
 )
-from train.engine.megatron_deepspeed.patches import Patch, Run
+from train.engine.megatron_deepspeed.patches import Patch, Run, flash_attention
 from train.engine.megatron_deepspeed.transformer_layer import InParts, LayerShape, LayerWeights
 from train.errors import UserError
 
@@ -55,20 +55,20 @@ def shape_of(layer: Any, args: Any) -> LayerShape:
     )
 
 
-def is_plain(args: Any) -> bool:
-    """Whether the layers of this run are what `transformer_layer` computes: no dropout, no experts, no oddities."""
-    odd = (
-        *("openai_gelu", "onnx_safe", "squared_relu", "apply_layernorm_1p", "fp32_residual_connection"),
-        *("apply_residual_connection_post_layernorm", "reset_attention_mask", "force_ds_sequence_parallel"),
-        *("num_experts_switch", "recompute_granularity", "mos", "kd"),
-    )
-    return (
-        args.hidden_dropout == args.attention_dropout == 0
-        and max(args.num_experts or [1]) <= 1
-        and getattr(args, "ds_sequence_parallel_size", 1) == 1
-        and getattr(args, "rotary_percent", 1.0) == 1.0
-        and not any(getattr(args, name, None) for name in odd)
-    )
+_ODD = (
+    *("hidden_dropout", "attention_dropout", "openai_gelu", "onnx_safe", "squared_relu", "apply_layernorm_1p"),
+    *("fp32_residual_connection", "apply_residual_connection_post_layernorm", "reset_attention_mask"),
+    *("force_ds_sequence_parallel", "num_experts_switch", "recompute_granularity", "mos", "kd"),
+)
+
+
+def oddities(args: Any) -> list[str]:
+    """What this run asks of its layers that `transformer_layer` does not compute, as upstream's flags."""
+    found = [name for name in _ODD if getattr(args, name, None)]
+    found += ["num_experts"] if max(args.num_experts or [1]) > 1 else []
+    found += ["ds_sequence_parallel_size"] if getattr(args, "ds_sequence_parallel_size", 1) != 1 else []
+    found += ["rotary_percent"] if getattr(args, "rotary_percent", 1.0) != 1.0 else []
+    return [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in found]
 
 
 _lets_products_travel = False
@@ -101,6 +101,7 @@ def install(run_compiled: Any) -> None:
 
     forward = ParallelTransformerLayer.forward
     compiled = functools.lru_cache(maxsize=1)(lambda: _layer_function(run_compiled, mpu, mappings, get_args()))
+    is_plain = functools.lru_cache(maxsize=1)(lambda: _is_plain(get_args()))
     angles: dict[int, tuple[Any, Any]] = {}
 
     @functools.wraps(forward)
@@ -109,10 +110,7 @@ def install(run_compiled: Any) -> None:
         **options: Any,
     ) -> Any:  # fmt: skip
         args = get_args()
-        plain = is_plain(args)
-        if linear.is_float8() and not plain:
-            raise UserError("--float8 --megatron_arguments: these layers are upstream's own; leave one of them out.")
-        if others or any(value is not None for value in options.values()) or not plain:
+        if not is_plain() or others or any(value is not None for value in options.values()):
             return forward(
                 self, hidden_states, attention_mask, *others, rotary_pos_emb=rotary_pos_emb, **options
             )  # generation, experts, retrieval: upstream's own
@@ -133,6 +131,16 @@ def install(run_compiled: Any) -> None:
 
     ParallelTransformerLayer.forward = fast_forward
     _is_installed = True
+
+
+def _is_plain(args: Any) -> bool:
+    """Whether the layers of this run are what `transformer_layer` computes; says once why they are not."""
+    odd = oddities(args)
+    if odd and linear.is_float8():
+        raise UserError(f"--float8 needs layers that {', '.join(odd)} changes: leave one of them out.")
+    if odd and args.rank == 0:
+        print(f"note: the layers are upstream's own, which are slower, because of {', '.join(odd)}", flush=True)
+    return not odd
 
 
 def _layer_function(run_compiled: Any, mpu: Any, mappings: Any, args: Any) -> Any:
@@ -171,7 +179,8 @@ def _apply(run: Run) -> str:
         return ""
     if on_cuda:
         bias_gelu.prepare()
-        torch.backends.cuda.enable_flash_sdp(False)  # where cuDNN's kernel takes the tensors it is the faster one
+        if flash_attention.is_cudnn_faster():
+            torch.backends.cuda.enable_flash_sdp(False)  # compiled functions take no order of kernels
         install(functools.partial(torch.compile, dynamic=False))
         return "ParallelTransformerLayer.forward: compiled, where the run has no dropout and no experts"
     install(lambda function: function)

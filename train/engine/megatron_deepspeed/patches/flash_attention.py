@@ -2,14 +2,24 @@
 
 In pretraining all sequences of a batch are equally long, so that flash-attn's interface for varying lengths, which
 upstream calls, has nothing to add. On Hopper torch's cuDNN kernel takes 0.59 of the time of its flash kernel
-(benchmarks/RESULTS.md). With `--attention flash_attention_2` the package itself is used and this patch is not.
+(benchmarks/RESULTS.md); elsewhere torch's own order of its kernels stands. With `--attention flash_attention_2` the package itself is used and this patch is not.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from typing import Any
 
 from train.engine.megatron_deepspeed.patches import Patch, Run
+
+
+@functools.cache
+def is_cudnn_faster() -> bool:
+    """Whether this GPU is one for which cuDNN's kernel was measured to be the faster one: Hopper."""
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
 def attend(query: Any, key: Any, value: Any, *, dropout: float, scale: float | None, causal: bool) -> Any:
@@ -23,7 +33,7 @@ def attend(query: Any, key: Any, value: Any, *, dropout: float, scale: float | N
 
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    with sdpa_kernel(order, set_priority=True):
+    with sdpa_kernel(order, set_priority=True) if is_cudnn_faster() else contextlib.nullcontext():
         context = torch.nn.functional.scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, is_causal=causal, scale=scale
         )
