@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 
+from train import settings
 from train.cluster.allocation import Allocation
 from train.engine.megatron_deepspeed import checks
 from train.planner.layout import divisors
 from train.planner.plan import query_of
 from train.planner.search import Found, Query, layouts, search
 from train.planner.settings import PlanSettings
-from train.recipe import ModelSettings
+from train.recipe import ModelSettings, PretrainRecipe
 
+RECIPES = Path(__file__).parents[2] / "scripts" / "step2_pretrain_model" / "recipes"
 GOLDEN = Path(__file__).parent / "golden" / "plan_gpt_1.3B_4_h200.txt"
 
 
@@ -51,6 +54,25 @@ def test_every_layout_is_one_that_the_engine_takes(size: str, precision: str) ->
         training = dataclasses.replace(recipe.training, micro_batch_size=layout.micro_batch)
         chosen = dataclasses.replace(recipe, parallel=parallel, training=training)
         assert checks.problems(chosen, allocation) == []
+
+
+SIZED_RECIPES = sorted(file.stem for file in RECIPES.glob("*.yaml") if re.fullmatch(r"(gpt|llama)_[\d.]+B", file.stem))
+
+
+@pytest.mark.parametrize("gpu", ["a100_80", "h100"])
+@pytest.mark.parametrize("name", SIZED_RECIPES)
+def test_a_recipe_has_a_layout_that_is_nearly_the_fastest(name: str, gpu: str) -> None:
+    words = ["--recipe", name, "--input_tokenizer_file", "t.model", "--data_path", "d", "--output_model_dir", "o"]
+    recipe = settings.parse(PretrainRecipe, words, program="p", description="", recipe_dir=RECIPES).resolved()
+    assert recipe.parallel.engine == "auto" and recipe.training.micro_batch_size == 0
+    _, _, found = ask(recipe.model.model_size, gpu=gpu, num_gpus=256 if name == "gpt_175B" else 16)
+    wanted = (recipe.parallel.tensor_parallel_size, recipe.parallel.pipeline_parallel_size, recipe.parallel.zero_stage)
+    chosen = next(
+        candidate
+        for candidate in found.fitting
+        if (candidate.layout.tensor, candidate.layout.pipeline, candidate.layout.zero_stage) == wanted
+    )
+    assert not chosen.layout.recompute and chosen.seconds <= 1.05 * found.fitting[0].seconds
 
 
 def test_the_fastest_that_fits_comes_first() -> None:
