@@ -44,9 +44,10 @@ test-optional: install
 	@"$(VENV_PYTHON)" -m pip install --quiet --no-deps --upgrade --target .cache/triton triton==3.9.0
 	PYTHONPATH="$$PWD/.cache/triton" TRITON_INTERPRET=1 "$(VENV_PYTHON)" -m pytest tests/engine/test_triton_kernels.py
 
-# one after the other: all share the same hosts
+# each worker makes hosts and schedulers of its own, which mostly wait
 test-system: install
-	@"$(VENV_PYTHON)" -m pytest tests/system -m system
+	@"$(VENV_PYTHON)" -m pytest -n 2 tests/system -m "system and not alone"
+	"$(VENV_PYTHON)" -m pytest tests/system -m "system and alone"
 
 lint: install
 	@"$(VENV_PYTHON)" -m pytest tests/test_lint.py

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-SMALL = ["--engine", "transformers", "--train_tokens", "300K", "--finetune_steps", "60"]
+SMALL = ["--engine", "transformers", "--train_tokens", "150K", "--finetune_steps", "40"]
 
 
 def run_demo(project_root: Path, output: Path) -> subprocess.CompletedProcess[str]:

@@ -240,10 +240,17 @@ def test_the_shipped_recipe_is_found_by_name():
 
 @pytest.mark.slow
 def test_the_demos_steps_run_and_are_skipped_the_second_time(tmp_path, launch):
+    """As docs/submit.md runs them, but for fewer steps."""
     sample = launch("common/make_sample_data.py", "--output_dir", "output/run_all/data", cwd=tmp_path)
     assert sample.returncode == 0, sample.stderr
+    text = (RECIPES / "demo.yaml").read_text()
+    for few, many in (("train_tokens: 40K", "train_tokens: 200K"), ("lr_warmup_tokens: 4K", "lr_warmup_tokens: 20K"),
+                      ("max_steps: 2", "max_steps: 10")):  # fmt: skip
+        assert many in text
+        text = text.replace(many, few)
+    (tmp_path / "small.yaml").write_text(text)
     for words in ("held-out", "nothing to do"):
-        done = launch("common/run_all.sh", "--recipe", "demo", cwd=tmp_path)
+        done = launch("common/run_all.sh", "--recipe", "small.yaml", cwd=tmp_path)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         assert words in done.stdout
     assert done.stdout.count("nothing to do") >= 5

@@ -18,6 +18,7 @@ import pytest
 import runs  # type: ignore[import-not-found]
 from hosts import PROJECT_ROOT, Hosts  # type: ignore[import-not-found]
 
+pytestmark = pytest.mark.alone
 NEIGHBOURS = 5  # as many processes beside the rank leave it a sixth of the core: far enough from what noise does
 MEASURE = PROJECT_ROOT / "scripts" / "common" / "measure_nodes.sh"
 
