@@ -2,7 +2,8 @@
 
 In pretraining all sequences of a batch are equally long, so that flash-attn's interface for varying lengths, which
 upstream calls, has nothing to add. On Hopper torch's cuDNN kernel takes 0.59 of the time of its flash kernel
-(benchmarks/RESULTS.md); elsewhere torch's own order of its kernels stands. With `--attention flash_attention_2` the package itself is used and this patch is not.
+(benchmarks/RESULTS.md); elsewhere torch's own order of its kernels stands. With `--attention flash_attention_2` the
+package itself is used and this patch is not.
 """
 
 from __future__ import annotations
