@@ -166,6 +166,19 @@ def test_command(no_checkout_needed: None, monkeypatch: pytest.MonkeyPatch) -> N
     assert settings.build(PretrainRecipe, __import__("yaml").safe_load(command.files[RUN_FOLDER.recipe])) is not None
 
 
+@pytest.mark.parametrize(("tensor", "device", "given"), [(1, "cuda", None), (2, "cpu", None), (2, "cuda", "1")])
+def test_what_tensor_ranks_exchange_goes_first_on_gpus(
+    tensor: int, device: str, given: str | None, no_checkout_needed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "TORCH_NCCL_HIGH_PRIORITY"
+    monkeypatch.delenv(name, raising=False)
+    chosen = dataclasses.replace(recipe(tensor_parallel_size=tensor, attention="eager"), dry_run=True)
+    where = dataclasses.replace(allocation(2), device=device)
+    assert prepare.prepare(chosen, where, RUN_FOLDER).environment.get(name) == given
+    monkeypatch.setenv(name, "0")
+    assert prepare.prepare(chosen, where, RUN_FOLDER).environment.get(name) == (given and "0")  # the user's own stands
+
+
 @pytest.fixture
 def small_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "megatron").mkdir()
