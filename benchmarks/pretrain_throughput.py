@@ -213,7 +213,7 @@ class _Watch(threading.Thread):
 def _gpus_at_work() -> list[str]:
     names = ("name", "clocks.sm", "power.draw", "temperature.gpu", "utilization.gpu")
     query = process.Command(("nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader"))
-    code, said = process.capture(query)
+    code, said = process.capture(query, timeout_s=5)  # later it would be no figure of a step
     lines = [line.split(", ") for line in said.splitlines()] if code == 0 else []
     return [
         f"GPU {number} ({name}) at the last step: {clock}, {power}, {celsius} C, {busy} busy"

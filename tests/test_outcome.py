@@ -170,4 +170,4 @@ def test_a_rank_that_waits_in_a_library_is_interrupted_too(tmp_path: Path, numbe
         assert running.stdout is not None and running.stdout.readline() == "waits\n"
         running.send_signal(number)
         assert running.wait(60) == EXIT_INTERRUPTED
-    assert outcome.read(file) == outcome.Outcome(EXIT_INTERRUPTED, (outcome._INTERRUPTED,))
+    assert outcome.read(file) == outcome.Outcome(EXIT_INTERRUPTED, (outcome.INTERRUPTED,))

@@ -39,26 +39,42 @@ def fork_that_begins(fork: Callable[[], int], *, waits_s: tuple[float, ...] = _W
     """
     for wait_s in waits_s:
         heard, tell = os.pipe()
-        child = fork()
+        try:
+            child = fork()
+        except BaseException:
+            os.close(heard)
+            os.close(tell)
+            raise
         if child == 0:
             with contextlib.suppress(OSError):  # nothing may be raised here: a second copy of the rank would go on
                 os.write(tell, b".")
                 os.close(tell)
                 os.close(heard)
             return 0
-        os.close(tell)
-        waiting = select.poll()  # select.select takes no file number from 1,024 on
-        waiting.register(heard)
-        has_begun = bool(waiting.poll(1000 * wait_s))
-        if not has_begun:
-            os.kill(child, signal.SIGKILL)
-            with contextlib.suppress(ChildProcessError):  # whoever ignores SIGCHLD has no dead children
-                os.waitpid(child, 0)
-        os.close(heard)
-        if has_begun:
-            return child
+        os.close(tell)  # so that a child that dies is heard, too
+        try:
+            if _is_heard(heard, wait_s):
+                return child
+        except BaseException:  # an interrupt, of which nobody would look for the child
+            _end(child)
+            raise
+        finally:
+            os.close(heard)
+        _end(child)
         print(f"a data loading process did not begin within {wait_s:g} s (python/cpython#112275): again", flush=True)
     return fork()
+
+
+def _is_heard(file: int, wait_s: float) -> bool:
+    waiting = select.poll()  # select.select takes no file number from 1,024 on
+    waiting.register(file, select.POLLIN)
+    return bool(waiting.poll(1000 * wait_s))
+
+
+def _end(child: int) -> None:
+    os.kill(child, signal.SIGKILL)
+    with contextlib.suppress(ChildProcessError):  # whoever ignores SIGCHLD has no dead children
+        os.waitpid(child, 0)
 
 
 def _shield_from_sigterm() -> None:

@@ -11,12 +11,12 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from train import outputs
+from train import outputs, same_run
 from train.errors import UserError
 
 FILE_NAME = "manifest.json"
@@ -74,13 +74,27 @@ def read(path: Path) -> dict[str, Any]:
     return record
 
 
-def is_done(path: Path, *, step: str, settings: Mapping[str, Any], inputs: Iterable[Path]) -> bool:
-    """Whether `path` holds the manifest of the same step with the same settings and inputs: nothing to do then."""
+def is_done(
+    path: Path,
+    *,
+    step: str,
+    settings: Mapping[str, Any],
+    inputs: Iterable[Path],
+    regardless_of: Collection[tuple[str, ...]] = (),
+) -> bool:
+    """Whether `path` holds the manifest of the same step with the same settings and inputs: nothing to do then.
+
+    Args:
+        path: a manifest, or the folder that holds it.
+        step, settings, inputs: as `write` was given them.
+        regardless_of: settings that may differ, by their keys from the outside in.
+    """
     file = path / FILE_NAME if path.is_dir() else path
     if not file.is_file():
         return False
     record = read(file)
-    same_settings = record.get("settings") == json.loads(json.dumps(_plain(settings)))
+    found = same_run.differences(record.get("settings"), json.loads(json.dumps(_plain(settings))))
+    same_settings = all(keys in regardless_of for keys, _, _ in found)
     return record["step"] == step and same_settings and record.get("inputs") == [identity(file) for file in inputs]
 
 

@@ -1,6 +1,6 @@
 """The micro batch of a run that leaves it open (--micro_batch_size 0), and a word before a GPU runs out of memory.
 
-Whether activations are recomputed goes with it, where that is open, too: only if nothing fits without.
+Whether activations are recomputed is settled with it, where that is open: of what fits the fastest is taken.
 
 recipe, note = settle(recipe, engine, allocation, gpu=this_gpu(), recorded=None)
 
@@ -10,7 +10,7 @@ What fits and what is fastest is the planner's prediction (train/planner, docs/p
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 AUTOMATIC = 0
 _ON_A_CPU = 4  # more gains nothing there
+_SO_FAR = "as in this run so far"
+_FAST = "by the plan as fast as any that fits"
+_KEPT = "activations are kept, --activation_checkpoint True needs less memory"
 _KINDS = {"H200": "h200", "H100": "h100", "A100": "a100_80"}
 
 
@@ -72,61 +75,71 @@ def settle(
         gpu: this machine's.
         recorded: the micro batch with which the run has been trained so far.
     """
-    given = recipe.training.micro_batch_size
-    per_rank = _sequences_per_rank(recipe, engine, allocation)
-    if given != AUTOMATIC:
-        return recipe, _warning(recipe, engine, allocation, gpu, given) if per_rank % given == 0 else ""
-    if recorded and per_rank % recorded == 0:
-        recomputes = _recomputes(recipe, engine, allocation, gpu, recorded)
-        return _with(recipe, recorded, recomputes), f"micro batch: {recorded}, as in this run so far"
+    given, per_rank = recipe.training.micro_batch_size, _sequences_per_rank(recipe, engine, allocation)
+    if given != AUTOMATIC and (per_rank % given or engine != choose.MEGATRON):
+        return recipe, ""  # others tell of the first; what transformers needs is not known as well as its user may know
+    fixed = given or (recorded if recorded and per_rank % recorded == 0 else 0)
     if allocation.device == "cpu":
-        size = _largest(per_rank, _ON_A_CPU)
-        return _with(recipe, size), f"micro batch: {size}, on a CPU"
-    if gpu is None:
-        return _with(recipe, 1), "micro batch: 1, as nvidia-smi does not tell the GPU's memory"
-    if recipe.parallel.attention == "eager":
-        return _with(recipe, 1), "micro batch: 1, as the plan is not for --attention eager, which keeps all its weights"
-    planned = list(_planned(recipe, engine, allocation, gpu))
-    if not planned:
-        return _with(recipe, 1), "micro batch: 1, as the plan does not know this layout"
-    fitting = [one for one in planned if one.needed_gib <= _usable(gpu)]
-    if not fitting:
-        return _with(recipe, 1), (
-            f"micro batch: 1; even that needs more than the {gpu.memory_gib:.0f} GiB of this {gpu.name}, by the plan:"
-            " see scripts/step2_pretrain_model/plan.sh"
-        )
+        size = fixed or _largest(per_rank, _ON_A_CPU)
+        return _with(recipe, size), f"micro batch: {size}, {_SO_FAR if fixed else 'on a CPU'}"
+    unknown = _unknown(recipe, gpu)
+    planned = [] if gpu is None or unknown else list(_planned(recipe, engine, allocation, gpu))
+    possible = [one for one in planned if fixed in (0, one.layout.micro_batch)]
+    if gpu is None or not possible:
+        why = _SO_FAR if fixed else f"as {unknown or 'the plan does not know this layout'}"
+        kept = "" if recipe.parallel.activation_checkpoint is not None else f"; {_KEPT}"
+        return _with(recipe, fixed or 1), "" if given else f"micro batch: {fixed or 1}, {why}{kept}"
+    fitting = [one for one in possible if one.needed_gib <= _usable(gpu)]
     from train.planner.search import lightest
 
-    chosen = lightest([one for one in fitting if not one.layout.recompute] or fitting)
-    size, recomputes = chosen.layout.micro_batch, chosen.layout.recompute
-    return _with(recipe, size, recomputes), (
-        f"micro batch: {size}{', activations recomputed' if recomputes else ''}, by the plan as fast as any that fits:"
-        f" {chosen.needed_gib:.0f} of the {gpu.memory_gib:.0f} GiB of this {gpu.name}"
-    )
+    chosen = lightest(fitting) if fitting else min(possible, key=lambda one: one.needed_gib)
+    found = _with(recipe, chosen.layout.micro_batch, chosen.layout.recompute)
+    if given:
+        return found, _about_given(recipe, chosen, planned, gpu)
+    return found, _about_chosen(chosen, gpu, fits=bool(fitting), why=_SO_FAR if fixed else _FAST)
 
 
-def _recomputes(recipe: PretrainRecipe, engine: str, allocation: Allocation, gpu: ThisGpu | None, size: int) -> bool:
-    """Whether this micro batch fits by recomputation alone, where that is open."""
-    if gpu is None or recipe.parallel.activation_checkpoint is not None:
-        return False
-    planned = _planned(recipe, engine, allocation, gpu)
-    fitting = [one for one in planned if one.layout.micro_batch == size and one.needed_gib <= _usable(gpu)]
-    return bool(fitting) and all(one.layout.recompute for one in fitting)
+def _unknown(recipe: PretrainRecipe, gpu: ThisGpu | None) -> str:
+    """Why the plan has nothing to say; empty where it has."""
+    if gpu is None:
+        return "nvidia-smi does not tell the GPU's memory"
+    if recipe.parallel.attention == "eager":
+        return "the plan is not for --attention eager, which keeps all its weights"
+    return ""
 
 
-def _warning(recipe: PretrainRecipe, engine: str, allocation: Allocation, gpu: ThisGpu | None, size: int) -> str:
-    if gpu is None or allocation.device == "cpu" or engine != choose.MEGATRON:
-        return ""
-    planned = _planned(_with(recipe, size), engine, allocation, gpu)  # what is open about it stays off
-    needs = {one.layout.micro_batch: one.needed_gib for one in planned}
-    if needs.get(size, 0.0) <= gpu.memory_gib:
-        return ""
-    smaller = max((other for other, needed in needs.items() if needed <= _usable(gpu)), default=None)
-    advice = f"--micro_batch_size {smaller} would fit" if smaller else "no micro batch fits in this layout"
+def _about_chosen(chosen: Candidate, gpu: ThisGpu, *, fits: bool, why: str) -> str:
+    layout = chosen.layout
+    what = f"micro batch: {layout.micro_batch}{', activations recomputed' if layout.recompute else ''}"
+    if fits:
+        return f"{what}, {why}: {chosen.needed_gib:.0f} of the {gpu.memory_gib:.0f} GiB of this {gpu.name}"
     return (
-        f"warning: a micro batch of {size} needs {needs[size]:.0f} GiB of GPU memory by the plan, and this {gpu.name}"
-        f" has {gpu.memory_gib:.0f}: {advice}; scripts/step2_pretrain_model/plan.sh shows other layouts."
+        f"{what}; even that needs {chosen.needed_gib:.1f} GiB by the plan, and of this {gpu.name} {_usable(gpu):.1f}"
+        " may be used: see scripts/step2_pretrain_model/plan.sh"
     )
+
+
+def _about_given(recipe: PretrainRecipe, chosen: Candidate, planned: Sequence[Candidate], gpu: ThisGpu) -> str:
+    """What the user of a micro batch of his own should know."""
+    size, is_open = chosen.layout.micro_batch, recipe.parallel.activation_checkpoint is None
+    fitting = [one.layout for one in planned if one.needed_gib <= _usable(gpu)]
+    if chosen.needed_gib > gpu.memory_gib:
+        smaller = max((layout.micro_batch for layout in fitting), default=None)
+        advice = f"--micro_batch_size {smaller} would fit" if smaller else "no micro batch fits in this layout"
+        recomputed = " with activations recomputed" if chosen.layout.recompute else ""
+        return (
+            f"warning: a micro batch of {size} needs {chosen.needed_gib:.0f} GiB of GPU memory{recomputed} by the plan,"
+            f" and this {gpu.name} has {gpu.memory_gib:.0f}: {advice}; scripts/step2_pretrain_model/plan.sh shows other"
+            " layouts."
+        )
+    if chosen.layout.recompute and is_open:
+        kept = max((layout.micro_batch for layout in fitting if not layout.recompute), default=None)
+        faster = f"--micro_batch_size {kept} fits without, " if kept else ""
+        return (
+            f"activations are recomputed, as a micro batch of {size} fits only so by the plan ({faster}"
+            "--activation_checkpoint False keeps them)"
+        )
+    return ""
 
 
 def _planned(recipe: PretrainRecipe, engine: str, allocation: Allocation, gpu: ThisGpu) -> Iterator[Candidate]:

@@ -23,7 +23,7 @@ from train.early_end import EndedEarlyError
 from train.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_USER, UserError, user_message
 
 _FULL_BYTES = 2**20
-_INTERRUPTED = "interrupted: the same command goes on from the last checkpoint."
+INTERRUPTED = "interrupted: the same command goes on from the last checkpoint."
 _SIGNALS_OF_THE_USER = (130, 143)  # 128 + SIGINT, 128 + SIGTERM
 
 
@@ -75,7 +75,7 @@ def record(path: Path, body: Callable[[], None], *, leads: bool = True) -> int:
     """
 
     def interrupted() -> int:
-        write(path, EXIT_INTERRUPTED, (_INTERRUPTED,))
+        write(path, EXIT_INTERRUPTED, (INTERRUPTED,))
         return EXIT_INTERRUPTED
 
     interruption.raise_keyboard_interrupt(interrupted)  # `train.early_end` takes SIGTERM over once it can save
@@ -142,7 +142,7 @@ def check(path: Path, exit_status: int, *, log: Path, cause: str = "") -> None:
 def _error(exit_status: int, log: Path, cause: str, *, is_told: bool) -> UserError | None:
     """What went wrong that no rank has told; `is_told` when the first rank told that all went well."""
     if exit_status in _SIGNALS_OF_THE_USER:
-        return UserError(_INTERRUPTED, exit_code=EXIT_INTERRUPTED)
+        return UserError(INTERRUPTED, exit_code=EXIT_INTERRUPTED)
     folder = log.parent
     if exit_status != EXIT_OK and folder.is_dir() and shutil.disk_usage(folder).free < _FULL_BYTES:  # none for a report
         return UserError(f"{folder}: no space left: free some, and the same command goes on from the last checkpoint.")

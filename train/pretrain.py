@@ -241,10 +241,11 @@ def _with_micro_batch(
 ) -> tuple[PretrainRecipe, str]:
     """The recipe with its micro batch, and what is to be said of it."""
     is_open = recipe.training.micro_batch_size == micro_batch.AUTOMATIC
-    if recipe.dry_run and is_open and not recipe.data.input_tokenizer_file.is_file():
-        return micro_batch.open_to_one(recipe), "micro batch: 1 for now, as the tokenizer is not there yet"
-    if not is_open and (recipe.dry_run or allocation.device == "cpu"):
+    if not is_open and allocation.device == "cpu":
         return recipe, ""
+    if recipe.dry_run and not recipe.data.input_tokenizer_file.is_file():
+        note = "micro batch: 1 for now, as the tokenizer is not there yet" if is_open else ""
+        return micro_batch.open_to_one(recipe), note
     engine, _ = _engine(micro_batch.open_to_one(recipe), allocation, run_folder)
     former = None if recipe.overwrite or run_folder.latest_step() is None else run_identity.read(run_folder)
     recorded = former["settings"]["training"]["micro_batch_size"] if former is not None else None
@@ -288,8 +289,17 @@ def _comparable(recipe: PretrainRecipe) -> PretrainRecipe:
 
 
 def _is_done(recipe: PretrainRecipe, run_folder: RunFolder, parts: Sequence[BlendPart]) -> bool:
-    plain = settings.to_plain(_comparable(recipe))
-    same = manifest.is_done(run_folder.manifest, step=STEP, settings=plain, inputs=_inputs(recipe, parts))
+    """Whether this very run is over. Another layout, or a machine that settles open settings in another way, is not
+    another run: beginning it would train nothing, and tell of a training that never was."""
+    if not run_folder.manifest.is_file():
+        return False
+    same = manifest.is_done(
+        run_folder.manifest,
+        step=STEP,
+        settings=settings.to_plain(_comparable(recipe)),
+        inputs=_inputs(recipe, parts),
+        regardless_of=run_identity.may_differ(manifest.read(run_folder.manifest)["results"].get("engine", "")),
+    )
     return same and (run_folder.latest_step() or 0) >= recipe.train_steps  # a batch that ramps up takes more steps
 
 

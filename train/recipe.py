@@ -162,8 +162,8 @@ class ParallelSettings:
     zero_stage: int = setting(0, help="ZeRO: 1 spreads optimizer state, 2 gradients too, 3 weights too")
     offload: str = setting("none", help="what waits in CPU memory", choices=("none", "optimizer", "all"))
     activation_checkpoint: bool | None = setting(
-        None, help="recompute activations: less memory, about a third slower; when not given, only where the plan of"
-        " --micro_batch_size 0 finds that nothing fits without",
+        None, help="recompute activations: less memory, about a third slower; when not given, where that is the fastest"
+        " that fits by the plan",
     )  # fmt: skip
     attention: str = setting(
         "sdpa", help="attention kernel", choices=("sdpa", "flash_attention_2", "eager")

@@ -22,16 +22,15 @@ from train.recipe import PretrainRecipe
 from train.run_folder import RunFolder
 
 _LAYOUT = {
-    ("settings", "parallel", "tensor_parallel_size"),
-    ("settings", "parallel", "pipeline_parallel_size"),
-    ("settings", "parallel", "layers_per_stage"),
-    ("settings", "parallel", "sequence_parallel"),
-    ("settings", "training", "micro_batch_size"),
-    ("processes",),
+    ("parallel", "tensor_parallel_size"),
+    ("parallel", "pipeline_parallel_size"),
+    ("parallel", "layers_per_stage"),
+    ("parallel", "sequence_parallel"),
+    ("training", "micro_batch_size"),
 }
 _COMPUTED = {  # the same sums, with another memory or in another order
-    ("settings", "parallel", "activation_checkpoint"),
-    ("settings", "parallel", "torch_compile"),
+    ("parallel", "activation_checkpoint"),
+    ("parallel", "torch_compile"),
 }
 _STRETCHES = "stretches"
 
@@ -78,11 +77,17 @@ def read(run_folder: RunFolder) -> dict[str, Any] | None:
     return record
 
 
+def may_differ(engine: str) -> set[tuple[str, ...]]:
+    """The settings that tell how a run of this engine is trained, and not what it is."""
+    return _COMPUTED | _LAYOUT if engine == choose.MEGATRON else _COMPUTED
+
+
 def check(run_folder: RunFolder, identity: dict[str, Any]) -> None:
     """Refuses to go on from the checkpoints of another run: its manifest would tell of a training that never was.
 
-    What may change: intervals, logging, how many checkpoints are kept; with Megatron-DeepSpeed the layout; and, with
-    the transformers engine, a larger --train_tokens with the same --lr_decay_tokens.
+    What may change: intervals, logging, how many checkpoints are kept; recomputation and compilation; with
+    Megatron-DeepSpeed the layout; and, with the transformers engine, a larger --train_tokens with the same
+    --lr_decay_tokens.
 
     Raises:
         UserError: there are checkpoints, and they are of another run or of none that began here.
@@ -93,12 +98,14 @@ def check(run_folder: RunFolder, identity: dict[str, Any]) -> None:
     former = read(run_folder)
     if former is None:
         raise UserError(f"{run_folder.checkpoint_dir} holds checkpoints that no run here has begun: {again}.")
+    is_megatron = identity["engine"] == former["engine"] == choose.MEGATRON
+    changeable = may_differ(choose.MEGATRON if is_megatron else choose.TRANSFORMERS)
     found = []
     known = {key: value for key, value in former.items() if key != _STRETCHES}
     for path, before, now in same_run.differences(known, identity):
-        if path in _COMPUTED:
+        if path[0] == "settings" and path[1:] in changeable:
             continue
-        if path in _LAYOUT and identity["engine"] == former["engine"] == choose.MEGATRON:
+        if path == ("processes",) and is_megatron:
             continue
         if path == ("engine_commit",) and "engine_commit" not in former:  # begun before it was recorded
             continue

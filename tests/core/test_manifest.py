@@ -31,6 +31,15 @@ def test_the_same_settings_and_inputs_are_done(tmp_path):
     assert not manifest.is_done(tmp_path, step="s", settings=same, inputs=[source]), "the input has changed"
 
 
+def test_settings_that_may_differ_are_named_by_their_keys(tmp_path):
+    write(tmp_path, [], a=1, part={"b": 1, "c": 1})
+    other = {"a": 1, "part": {"b": 2, "c": 1}}
+    assert not manifest.is_done(tmp_path, step="s", settings=other, inputs=[])
+    assert manifest.is_done(tmp_path, step="s", settings=other, inputs=[], regardless_of={("part", "b")})
+    more = {**other, "part": {"b": 2, "c": 2}}
+    assert not manifest.is_done(tmp_path, step="s", settings=more, inputs=[], regardless_of={("part", "b")})
+
+
 def test_without_a_manifest_nothing_is_done(tmp_path):
     assert not manifest.is_done(tmp_path, step="s", settings={}, inputs=[])
 

@@ -72,15 +72,43 @@ def recomputes(recipe: PretrainRecipe, gpu: ThisGpu, **more: object) -> tuple[bo
     return found.parallel.activation_checkpoint, found.training.micro_batch_size, note
 
 
-def test_activations_are_recomputed_only_where_nothing_fits_without(recipe: PretrainRecipe) -> None:
+def of_size(recipe: PretrainRecipe, name: str) -> PretrainRecipe:
+    words = ["--model_size", name, "--train_tokens", "1B", "--zero_stage", "1", "--micro_batch_size", "0"]
+    words += ["--input_tokenizer_file", "t.model", "--data_path", "d", "--output_model_dir", "o"]
+    return settings.parse(PretrainRecipe, words, program="pretrain", description="").resolved()
+
+
+def test_activations_are_recomputed_where_that_is_the_fastest_that_fits(recipe: PretrainRecipe) -> None:
     small, roomy = (dataclasses.replace(A100, memory_gib=size) for size in (25.5, 80.0))
     assert recomputes(recipe, roomy)[0] is False
     is_on, size, note = recomputes(recipe, small)
-    assert is_on and f"micro batch: {size}, activations recomputed, by the plan" in note
+    assert is_on and f"micro batch: {size}, activations recomputed, by the plan as fast as any" in note
     without = changed(recipe, "parallel", activation_checkpoint=False)
-    assert recomputes(without, small)[0] is False and "even that needs more" in recomputes(without, small)[2]
+    assert recomputes(without, small)[0] is False and "even that needs" in recomputes(without, small)[2]
     given = changed(recipe, "parallel", activation_checkpoint=True)
     assert recomputes(given, roomy)[0] is True
+
+
+def test_a_larger_micro_batch_may_be_worth_recomputation(recipe: PretrainRecipe) -> None:
+    mistral, gpu = of_size(recipe, "mistral_0.3B"), ThisGpu("NVIDIA GeForce RTX 4070", 12.0)
+    found, _ = micro_batch.settle(mistral, choose.TRANSFORMERS, ranks(1), gpu=gpu)
+    assert found.parallel.activation_checkpoint and found.training.micro_batch_size > 2
+    without = changed(mistral, "parallel", activation_checkpoint=False)
+    assert 1 <= settled(without, gpu, engine="transformers")[0] <= 2
+
+
+def test_where_nothing_fits_the_least_is_taken_and_both_figures_are_told(recipe: PretrainRecipe) -> None:
+    large, gpu = of_size(recipe, "gpt_2.7B"), ThisGpu("NVIDIA L40S", 48.0)
+    is_on, size, note = recomputes(large, gpu)
+    assert (is_on, size) == (True, 1)
+    assert "micro batch: 1, activations recomputed; even that needs 46.9 GiB by the plan" in note
+    assert "of this NVIDIA L40S 46.1 may be used" in note
+    is_on, size, note = recomputes(with_size(large, 1), gpu)
+    assert (is_on, size) == (True, 1) and note.startswith("activations are recomputed, as a micro batch of 1 fits")
+    kept = changed(with_size(large, 1), "parallel", activation_checkpoint=False)
+    assert recomputes(kept, gpu)[0] is False and recomputes(kept, gpu)[2].startswith(
+        "warning: a micro batch of 1 needs"
+    )
 
 
 def test_a_run_that_goes_on_recomputes_where_it_must(recipe: PretrainRecipe) -> None:
@@ -115,7 +143,13 @@ def test_what_the_plan_is_not_for_is_not_taken_from_it(recipe: PretrainRecipe) -
         (H200, {"recorded": 4}, 4, "as in this run so far"),
         (None, {"allocation": ranks(2, "cpu")}, 4, "on a CPU"),
         (None, {}, 1, "nvidia-smi does not tell"),
-        (ThisGpu("NVIDIA T4", 8.0), {}, 1, "even that needs more than the 8 GiB"),
+        (None, {}, 1, "activations are kept, --activation_checkpoint True needs less memory"),
+        (
+            ThisGpu("NVIDIA T4", 8.0),
+            {},
+            1,
+            "even that needs 24.0 GiB by the plan, and of this NVIDIA T4 7.7 may be used",
+        ),
     ],
 )
 def test_where_there_is_nothing_to_choose(
@@ -133,10 +167,17 @@ def test_what_is_given_stands_with_a_warning_where_it_will_not_fit(recipe: Pretr
     assert settled(with_size(recipe, 4), A100) == (4, "")
     size, note = settled(with_size(recipe, 64), A100)
     assert size == 64 and note.startswith("warning: a micro batch of 64 needs")
+    assert "GiB of GPU memory with activations recomputed by the plan, and this NVIDIA A100-SXM4-40GB has 40" in note
     advised = int(note.partition("--micro_batch_size ")[2].split()[0])
-    assert settled(with_size(recipe, advised), A100) == (advised, "")
+    is_on, size, note = recomputes(with_size(recipe, advised), A100)
+    assert (
+        is_on and size == advised and note.startswith(f"activations are recomputed, as a micro batch of {advised} fits")
+    )
+    faster = int(note.partition("(--micro_batch_size ")[2].split()[0])
+    assert faster < advised and recomputes(with_size(recipe, faster), A100) == (False, faster, "")
     assert settled(with_size(recipe, 64), None) == (64, "")
     assert settled(with_size(recipe, 3), A100) == (3, "")  # it does not divide, which others tell
+    assert settled(with_size(recipe, 64), A100, engine="transformers") == (64, "")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from pathlib import Path
@@ -208,6 +209,35 @@ def test_a_run_is_done_when_its_last_step_is_there(paths, capsys, monkeypatch, f
         assert manifest.read(file)["results"]["steps"] == steps + further
         assert run(paths, "--engine", "transformers", "--job_name", "j") == 0
         assert "nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("engine", "recorded", "words", "is_over"),
+    [
+        ("megatron-deepspeed", {"activation_checkpoint": True}, [], True),
+        ("transformers", {"activation_checkpoint": True, "torch_compile": False}, [], True),
+        ("megatron-deepspeed", {"sequence_parallel": True, "tensor_parallel_size": 2}, [], True),
+        ("transformers", {"activation_checkpoint": True}, ["--micro_batch_size", "2"], False),
+        ("megatron-deepspeed", {}, ["--seed", "7"], False),
+    ],
+)
+def test_a_finished_run_is_over_however_it_was_computed(paths, capsys, monkeypatch, engine, recorded, words, is_over):
+    """Open settings are settled by the GPUs of the machine that the launcher runs on."""
+    steps = recipe().train_steps
+    monkeypatch.setattr(
+        "train.pretrain._train", lambda _plan, run_folder: run_folder.step_dir(steps).mkdir(parents=True)
+    )
+    assert run(paths, "--engine", "transformers", "--job_name", "j") == 0
+    file = paths["output_model_dir"] / "manifest" / "j.json"
+    record = json.loads(file.read_text())
+    record["results"]["engine"] = engine
+    record["settings"]["parallel"] |= recorded
+    file.write_text(json.dumps(record))
+    capsys.readouterr()
+    code = run(paths, "--engine", "transformers", "--job_name", "j", *words)
+    out, err = capsys.readouterr()
+    assert ("nothing to do" in out) == is_over and (code == 0) == is_over
+    assert is_over or "holds another run" in err
 
 
 def test_the_time_budget_counts_while_the_launcher_checks(paths, capsys, monkeypatch):

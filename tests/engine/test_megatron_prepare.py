@@ -162,6 +162,8 @@ def test_command(no_checkout_needed: None, monkeypatch: pytest.MonkeyPatch) -> N
     assert command.environment["DS_ACCELERATOR"] == "cpu" and command.environment["LOCAL_SIZE"] == "2"
     assert command.environment["TORCH_EXTENSIONS_DIR"] == "/runs/out/torch_extensions"
     assert command.environment["THP_MEM_ALLOC_ENABLE"] == "1"
+    at_once = dataclasses.replace(chosen, checkpoint=dataclasses.replace(chosen.checkpoint, async_save=False))
+    assert "THP_MEM_ALLOC_ENABLE" not in prepare.prepare(at_once, allocation(2), RUN_FOLDER).environment
     assert json.loads(command.files[RUN_FOLDER.deepspeed_config]) == deepspeed_config(chosen)
     assert settings.build(PretrainRecipe, __import__("yaml").safe_load(command.files[RUN_FOLDER.recipe])) is not None
 

@@ -59,16 +59,21 @@ def test_the_gpus_clocks_are_noted(throughput: ModuleType, tmp_path: Path, monke
 @pytest.mark.slow
 @pytest.mark.parametrize("save", [False, True])
 def test_runs_are_measured_and_end_with_their_last_step_or_their_save(
-    throughput: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], save: bool
+    throughput: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    save: bool,
 ) -> None:
     small = "--num_layers 1 --hidden_size 32 --num_attention_heads 2 --precision fp32 --device cpu --num_processes 1"
     case = f"small: --engine transformers --micro_batch_size 2 {small}"
     flags = ["--sequence_length", "32", "--global_batch_size", "4", "--steps", "4", "--warm_up_steps", "1"]
     flags += ["--model_size", "gpt_0.125B", "--output_dir", str(tmp_path), "--save", str(save)]
+    monkeypatch.setattr(throughput, "_gpus_at_work", lambda: ["GPU 0"])
     assert throughput.main([*flags, "--cases", case, f"wrong: {small} --lr none"]) == 1
     measured, wrong = json.loads((tmp_path / "results.json").read_text())
     assert measured["gpus"] == 1 and measured["tokens_per_second_per_gpu"] > 0 and measured["start_to_first_step_s"] > 0
-    assert measured["gpus_at_work"] == []
+    assert measured["gpus_at_work"] == ["GPU 0"]
     # the shape that was trained, not the one that --model_size names: 1 layer x 32
     assert measured["flops_per_token"] == 6 * (12 * 32**2 + 32_000 * 32) + 12 * 32 * 32
     assert measured["ms_per_step"] == pytest.approx(1000 * 4 * 32 / measured["tokens_per_second_per_gpu"])

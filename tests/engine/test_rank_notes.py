@@ -12,7 +12,7 @@ import pytest
 
 from train.engine.megatron_deepspeed import rank_notes
 from train.engine.megatron_deepspeed.patches import whole_checkpoints
-from train.errors import EXIT_FAILURE, EXIT_USER, EXIT_VERIFICATION, UserError
+from train.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER, EXIT_VERIFICATION, UserError
 
 torch = pytest.importorskip("torch")
 
@@ -45,21 +45,24 @@ def test_all_notes_are_waited_for_and_read_in_order() -> None:
         (OSError(errno.ENOSPC, "full", "a.pt"), EXIT_USER, "a.pt: no space left"),
         (OSError(errno.EIO, "Input/output error", "a.pt"), EXIT_FAILURE, "Input/output error"),
         (UserError("ten are too many.", exit_code=EXIT_VERIFICATION), EXIT_VERIFICATION, "ten are too many."),
+        (KeyboardInterrupt(), EXIT_INTERRUPTED, "interrupted: the same command goes on"),
     ],
 )
 def test_ranks_end_as_the_one_that_could_not_write(
-    error: Exception, code: int, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    error: BaseException, code: int, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     writing: list[Callable[[], object]] = [lambda: (_ for _ in ()).throw(error)]
     for rank, writers in ((1, writing), (0, [])):
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
-        with pytest.raises(Exception) as raised:
+        with pytest.raises(BaseException) as raised:
             whole_checkpoints._write(tmp_path, tmp_path / "step8", whole_checkpoints._Files([], writers), 0, 0.0, None)
         if rank == 1:
             assert raised.value is error
     assert isinstance(raised.value, UserError) and raised.value.exit_code == code
-    assert said in str(raised.value) and f"step8, rank 1 on {socket.gethostname()}: " in str(raised.value)
+    assert said in str(raised.value)
+    named = f"step8, rank 1 on {socket.gethostname()}: " in str(raised.value)
+    assert named is not isinstance(error, KeyboardInterrupt)
 
 
 def test_who_is_slow_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

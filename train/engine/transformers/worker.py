@@ -15,6 +15,7 @@ from train import deepspeed_ops, early_end, outcome, rank_end, settings
 from train.checkpoint_folders import remove_leftovers
 from train.data.blend import read_blend
 from train.data.gpt_dataset import GPTDataset
+from train.engine.transformers import compilation
 from train.monitor import step_profile, wandb_run
 from train.monitor.progress import Progress
 from train.recipe import PretrainRecipe
@@ -68,6 +69,8 @@ def pretrain(recipe: PretrainRecipe, run_folder: RunFolder) -> None:
     if leads:
         parameters = sum(weight.numel() for weight in model.parameters())
         print(f"{recipe.model_name}: {parameters:,} parameters, {recipe.train_steps:,} steps", flush=True)
+        _, note = compilation.settle(recipe)
+        print(note, end="\n" if note else "", flush=True)
     progress = None
     if leads:
         progress = Progress(
@@ -127,13 +130,6 @@ def datasets(recipe: PretrainRecipe) -> tuple[GPTDataset, GPTDataset | None]:
     return sequences("train", recipe.train_steps * batch), held_out
 
 
-def _is_compiled(recipe: PretrainRecipe) -> bool:
-    """What is given; left open, on GPUs: ZeRO-3 fetches weights in hooks, which torch.compile stops at."""
-    if recipe.parallel.torch_compile is not None:
-        return recipe.parallel.torch_compile
-    return os.environ.get("DS_ACCELERATOR") != "cpu" and recipe.parallel.zero_stage < 3
-
-
 def training_arguments(recipe: PretrainRecipe, run_folder: RunFolder) -> Any:
     """The recipe as transformers' TrainingArguments, for this rank."""
     from transformers import TrainingArguments
@@ -159,7 +155,7 @@ def training_arguments(recipe: PretrainRecipe, run_folder: RunFolder) -> Any:
         fp16=training.precision == "fp16",
         activation_checkpointing=bool(parallel.activation_checkpoint),
         activation_checkpointing_kwargs={"use_reentrant": parallel.zero_stage == 3},
-        torch_compile=_is_compiled(recipe),
+        torch_compile=compilation.settle(recipe)[0],
         use_cpu=os.environ.get("DS_ACCELERATOR") == "cpu",
         deepspeed=str(run_folder.deepspeed_config) if parallel.zero_stage else None,
         ddp_find_unused_parameters=False,

@@ -23,7 +23,8 @@ from train.checkpoint_folders import prune, publish, remove_leftovers
 from train.engine.megatron_deepspeed import rank_notes
 from train.engine.megatron_deepspeed.patches import Patch, Run
 from train.engine.megatron_deepspeed.saving import Saving
-from train.errors import EXIT_FAILURE, EXIT_USER, UserError, first_line, user_message
+from train.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER, UserError, first_line, user_message
+from train.outcome import INTERRUPTED
 
 
 @dataclass
@@ -106,6 +107,8 @@ def _failure(name: str, error: BaseException) -> str:
     """What the other ranks end with, as this one does: JSON of `problem` and `exit_code`."""
     import torch
 
+    if isinstance(error, KeyboardInterrupt):
+        return json.dumps({"problem": INTERRUPTED, "exit_code": EXIT_INTERRUPTED})
     message = str(error) if isinstance(error, UserError) else user_message(error)
     code = error.exit_code if isinstance(error, UserError) else EXIT_FAILURE if message is None else EXIT_USER
     who = f"rank {torch.distributed.get_rank()} on {socket.gethostname()}"
