@@ -21,14 +21,14 @@ from train.errors import UserError
 from train.recipe import PretrainRecipe
 from train.run_folder import RunFolder
 
-_LAYOUT = {
+_LAYOUT: set[tuple[str, ...]] = {
     ("parallel", "tensor_parallel_size"),
     ("parallel", "pipeline_parallel_size"),
     ("parallel", "layers_per_stage"),
     ("parallel", "sequence_parallel"),
     ("training", "micro_batch_size"),
 }
-_COMPUTED = {  # the same sums, with another memory or in another order
+_COMPUTED: set[tuple[str, ...]] = {  # the same sums, with another memory or in another order
     ("parallel", "activation_checkpoint"),
     ("parallel", "torch_compile"),
 }
