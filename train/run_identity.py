@@ -99,7 +99,7 @@ def check(run_folder: RunFolder, identity: dict[str, Any]) -> None:
     if former is None:
         raise UserError(f"{run_folder.checkpoint_dir} holds checkpoints that no run here has begun: {again}.")
     is_megatron = identity["engine"] == former["engine"] == choose.MEGATRON
-    changeable = may_differ(choose.MEGATRON if is_megatron else choose.TRANSFORMERS)
+    changeable = may_differ(identity["engine"]) & may_differ(former["engine"])
     found = []
     known = {key: value for key, value in former.items() if key != _STRETCHES}
     for path, before, now in same_run.differences(known, identity):
