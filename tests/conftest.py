@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -13,6 +14,8 @@ import pytest
 _LONGEST = ("test_docs.py", "test_demo.py")
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side; threads of theirs would wait for each other, spinning
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a script; what tests start would ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
