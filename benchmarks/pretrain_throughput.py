@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from train import cli, outputs, process
-from train.errors import UserError
+from train.errors import UserError, refuse
 from train.model_sizes import MODEL_SIZES
 from train.recipe import ModelSettings, PretrainRecipe
 from train.settings import build, read_yaml, setting
@@ -74,6 +74,11 @@ def measure(settings: ThroughputSettings) -> int:
         raise UserError(
             f"--steps {settings.steps} --warm_up_steps {settings.warm_up_steps}: no step is left to count; take more."
         )
+    refuse(
+        f"--cases {case!r}: NAME: FLAGS of pretrain.sh was expected, such as 'small: --micro_batch_size 1'."
+        for case in settings.cases
+        if not re.fullmatch(r"\s*[\w.+ -]*\w\s*", case.partition(":")[0]) or ":" not in case
+    )
     documents = 2 * settings.global_batch_size * settings.steps
     data = settings.output_dir / "data" / f"{documents}x{settings.sequence_length}"
     commands = [_command(settings, data, case) for case in settings.cases]

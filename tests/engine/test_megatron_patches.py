@@ -68,7 +68,7 @@ def test_patches_are_switched_off_by_name() -> None:
 
 
 def test_unknown_patch_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"no patch is called torchvison; there are .*torchvision"):
+    with pytest.raises(UserError, match=r"no patch is called torchvison; did you mean torchvision\? There are apex, "):
         patches.disabled_names({patches.DISABLED_VARIABLE: "torchvison"})
 
 

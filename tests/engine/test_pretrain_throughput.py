@@ -33,6 +33,13 @@ def test_a_run_of_which_nothing_would_be_counted_is_refused(
     assert throughput.main(["--steps", "11", "--dry_run"]) == 0
 
 
+def test_a_case_without_a_name_or_flags_is_refused(throughput: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = ["x --micro_batch_size 1", "../x: --micro_batch_size 1", ": --micro_batch_size 1", "TP2 x DP2:"]
+    assert throughput.main(["--cases", *cases, "--dry_run"]) == 2
+    said = capsys.readouterr().err
+    assert all((f"--cases {case!r}: NAME: FLAGS" in said) == (case in cases[:3]) for case in cases)
+
+
 def test_the_published_flops_of_a_gpt(throughput: ModuleType) -> None:
     """24 layers x 2,048, vocabulary 32,000, 2,048 tokens: 1,273.5 million weights in matrix products."""
     size = dataclasses.asdict(MODEL_SIZES["gpt_1.3B"])

@@ -8,6 +8,7 @@ off by naming it in TRAIN_DISABLED_PATCHES (comma-separated). Upstream's files a
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -154,9 +155,12 @@ def forced_names(environment: Mapping[str, str]) -> frozenset[str]:
 def _names(environment: Mapping[str, str], variable: str, *, words: frozenset[str] = frozenset()) -> frozenset[str]:
     names = frozenset(name.strip() for name in environment.get(variable, "").split(",") if name.strip())
     known = {patch.name for patch in all_patches()} | words
-    if names - known:
+    unknown = sorted(names - known)
+    if unknown:
+        near = [name for word in unknown for name in difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.5)]
+        hint = f" did you mean {', '.join(near)}?" if near else ""
         raise UserError(
-            f"{variable}: no patch is called {', '.join(sorted(names - known))}; there are {', '.join(sorted(known))}."
+            f"{variable}: no patch is called {', '.join(unknown)};{hint} There are {', '.join(sorted(known))}."
         )
     return names
 
