@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import multiprocessing
 import os
 import select
+import shutil
 import signal
 import sys
 import threading
@@ -108,4 +110,7 @@ def _end_when_told_by(rank: int) -> None:
     """Heeds the SIGTERM of the rank itself, by which Python ends its daemons when it exits, and waits for them."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank:
         pass
+    folder = multiprocessing.current_process()._config.get("tempdir")  # type: ignore[attr-defined]  # of its socket
+    if folder:
+        shutil.rmtree(folder, ignore_errors=True)
     os._exit(0)

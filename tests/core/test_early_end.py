@@ -119,6 +119,10 @@ next(batches)
 """
 
 
-def test_data_loading_processes_go_on_so_that_the_step_can_be_finished() -> None:
-    done = subprocess.run([sys.executable, "-c", _LOADS_DATA], capture_output=True, text=True, timeout=120)
+def test_data_loading_processes_go_on_so_that_the_step_can_be_finished(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _LOADS_DATA], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob("pymp-*")) == [], "the folder of a process's socket"
