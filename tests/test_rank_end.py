@@ -42,10 +42,10 @@ def test_the_status_is_mains(end: str, status: int, told: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (status, "at exit\n", told)
 
 
-@pytest.mark.parametrize("error", ["ValueError('what')", "KeyboardInterrupt()"])
-def test_a_mistake_of_our_own_keeps_its_traceback(error: str) -> None:
+@pytest.mark.parametrize(("error", "status"), [("ValueError('what')", 1), ("KeyboardInterrupt()", 130)])
+def test_what_nobody_has_caught_keeps_its_traceback(error: str, status: int) -> None:
     done = run(f"def main(): raise {error}")
-    assert done.returncode == 1 and done.stdout == "at exit\n"
+    assert done.returncode == status and done.stdout == "at exit\n"
     assert "Traceback" in done.stderr and error.partition("(")[0] in done.stderr
 
 

@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable
 from typing import NoReturn
 
-from train.errors import EXIT_FAILURE, EXIT_OK
+from train.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK
 
 
 def run(main: Callable[[], int]) -> NoReturn:
@@ -28,9 +28,9 @@ def run(main: Callable[[], int]) -> NoReturn:
         status = main()
     except SystemExit as end:
         status = _status_of(end.code)
-    except BaseException:
+    except BaseException as error:
         sys.excepthook(*sys.exc_info())  # torch's, which names the rank
-        status = EXIT_FAILURE
+        status = EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else EXIT_FAILURE
     try:
         threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are no daemons, as Python does
         atexit._run_exitfuncs()
