@@ -21,6 +21,21 @@ from train.engine.megatron_deepspeed.install import InstallSettings
 from train.errors import UserError
 
 
+_BROKEN_HELPERS = """
+#include <Python.h>
+#include <csignal>
+#include <iostream>
+static PyObject* wrong() {
+    PyObject* numpy = PyImport_ImportModule("numpy");
+    return PyObject_CallMethod(numpy, "array", "([ii])", 1, 2);
+}
+static PyObject* build(PyObject*, PyObject*) { (void)wrong; %s }
+static PyMethodDef methods[] = {{"build_sample_idx", build, METH_VARARGS, ""}, {NULL, NULL, 0, NULL}};
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "helpers", NULL, -1, methods};
+PyMODINIT_FUNC PyInit_helpers(void) { return PyModule_Create(&module); }
+"""
+
+
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
     """A small repository in the form of upstream's, with two commits and the tag `v1` on the first."""
@@ -159,6 +174,38 @@ def test_helpers_that_do_not_compile_leave_nothing(repository: Path) -> None:
     with pytest.raises(UserError, match=r"(?s)the dataset helpers did not compile \(.*error:"):
         helpers_build.build_helpers(folder)
     assert not checkout.helpers_file(folder).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="GNU's linker and C++ library")
+def test_helpers_with_a_cpp_library_of_their_own_print_numbers_beside_torch(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = clone_first(repository)
+    body = 'std::cout << "samples: " << 3L << std::endl; return wrong();'
+    (folder / "megatron" / "data" / "helpers.cpp").write_text(_BROKEN_HELPERS % body)
+    monkeypatch.setenv("CXX", "g++ -static-libstdc++")
+    helpers_build.build_helpers(folder)
+    with pytest.raises(UserError, match=r"samples: 3\n"):  # "samples: " and nothing else where libraries are mixed
+        helpers_build.check_helpers(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("raise(SIGSEGV); return nullptr;", r"\(killed by SIGSEGV\)"),
+        ('return Py_BuildValue("i", 7);', r"(?s)'int' object has no attribute 'tolist'"),
+        ("return wrong();", r"(?s)\(a wrong index\).*build_sample_idx returned \[1, 2\], expected"),
+    ],
+)
+def test_helpers_that_do_not_work_are_told(repository: Path, body: str, said: str) -> None:
+    folder = clone_first(repository)
+    (folder / "megatron" / "data" / "helpers.cpp").write_text(_BROKEN_HELPERS % body)
+    helpers_build.build_helpers(folder)
+    with pytest.raises(UserError, match=said):
+        helpers_build.check_helpers(folder)
+    assert checkout.helpers_file(folder).exists() == ("int" in said)
 
 
 def test_found_only_when_it_is_whole(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Builds upstream's dataset helpers (`megatron.data.helpers`, C++) for the running interpreter. install.py calls it.
 
 build_helpers(folder)      # of the checkout
+check_helpers(folder)      # that they work
 """
 
 from __future__ import annotations
@@ -8,16 +9,18 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import signal
 import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
 from train import outputs, process
-from train.engine.megatron_deepspeed import checkout
+from train.engine.megatron_deepspeed import checkout, helpers_check
 from train.errors import UserError
 
 _COMPILE_TIMEOUT_S = 300.0
+_CHECK_TIMEOUT_S = 300.0  # torch's first import from a shared disk
 
 
 def compile_command(folder: Path) -> process.Command:
@@ -31,6 +34,10 @@ def compile_command(folder: Path) -> process.Command:
     flags = ("-O3", "-Wall", "-shared", "-std=c++17", "-fPIC")
     if sys.platform == "darwin":  # Python's own symbols are found when the module is loaded
         flags += ("-undefined", "dynamic_lookup")
+    else:
+        # A compiler that brings its C++ library as an archive alone, as some modules and images do, would mix that with
+        # the library that torch has loaded: the first number that the helpers print ends the process.
+        flags += ("-Wl,--exclude-libs,ALL",)
     return process.Command((*_compiler(), *flags, *includes, str(source), "-o", str(target)))
 
 
@@ -48,6 +55,29 @@ def build_helpers(folder: Path) -> None:
         if code != 0:
             last_lines = "\n".join(text.strip().splitlines()[-15:])
             raise UserError(f"the dataset helpers did not compile ({command.text()}):\n{last_lines}")
+
+
+def check_helpers(folder: Path) -> None:
+    """Lets the helpers index three samples in a process that has torch loaded, as training does.
+
+    Raises:
+        UserError: they crash or return something else, and are deleted, so that the next installation compiles anew; or
+            they could not be tried.
+    """
+    built = checkout.helpers_file(folder)
+    command = process.Command((sys.executable, "-m", "train.engine.megatron_deepspeed.helpers_check", str(built)))
+    code, text = process.capture(command, timeout_s=_CHECK_TIMEOUT_S)
+    if code == 0:
+        return
+    last_lines = "\n".join(text.strip().splitlines()[-15:])
+    if code > 0 and code != helpers_check.WRONG:
+        raise UserError(f"the dataset helpers could not be tried ({command.text()}):\n{last_lines}")
+    built.unlink(missing_ok=True)
+    ended = f"killed by {signal.Signals(-code).name}" if code < 0 else "a wrong index"
+    raise UserError(
+        f"the compiled dataset helpers do not work beside torch ({ended}) and are deleted. Name another compiler in CXX, "
+        f"such as CXX=/usr/bin/g++, and run this again. {built.name} said:\n{last_lines}"
+    )
 
 
 def missing() -> Iterator[str]:

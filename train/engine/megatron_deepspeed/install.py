@@ -51,8 +51,8 @@ def install(settings: InstallSettings) -> int:
     """Installs the checkout and prints what is native and what is replaced.
 
     Raises:
-        UserError: packages or a compiler are missing, the clone fails or takes too long, something does not compile,
-            or the smoke import fails.
+        UserError: packages or a compiler are missing, the clone fails or takes too long, something does not compile
+            or, compiled, does not work, or the smoke import fails.
     """
     folder = checkout.folder_for(settings.ref, settings.repository)
     wanted = _extensions(settings)
@@ -76,6 +76,7 @@ def install(settings: InstallSettings) -> int:
         else:
             helpers_build.build_helpers(folder)
             print(f"dataset helpers built: {checkout.helpers_file(folder).name}")
+        helpers_build.check_helpers(folder)
         for extension, source in wanted:
             print(extension_build.install_extension(extension, source, timeout_s=settings.timeout_s))
     print(smoke_import(folder))
