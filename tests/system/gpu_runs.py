@@ -16,6 +16,13 @@ import runs  # type: ignore[import-not-found]
 from train.engine.megatron_deepspeed import checkout
 
 STEPS, SAVED = 8, 4
+SHAPES: dict[str, dict[str, object]] = {
+    "gpt": {"model_size": "gpt_0.125B", "lr": 6e-4},
+    "llama": {
+        "architecture": "llama", "num_layers": 12, "hidden_size": 768, "num_attention_heads": 12,
+        "num_key_value_heads": 4, "ffn_hidden_size": 2048, "lr": 6e-4,
+    },
+}  # fmt: skip
 _CONVERT = "convert_tokenizer_and_pretrained_model_to_huggingface_transformers.sh"
 
 

@@ -22,13 +22,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(count_gpus(os.environ) < 2, reason="needs two NVIDIA GPUs"),
 ]
-_SHAPES: dict[str, dict[str, object]] = {
-    "gpt": {"model_size": "gpt_0.125B", "lr": 6e-4},
-    "llama": {
-        "architecture": "llama", "num_layers": 12, "hidden_size": 768, "num_attention_heads": 12,
-        "num_key_value_heads": 4, "ffn_hidden_size": 2048, "lr": 6e-4,
-    },
-}  # fmt: skip
 _LAYOUTS: dict[str, dict[str, object]] = {
     "DP2": {},
     "TP2": {"tensor_parallel_size": 2, "sequence_parallel": True},
@@ -37,10 +30,12 @@ _LAYOUTS: dict[str, dict[str, object]] = {
 
 
 @pytest.mark.parametrize("layout", _LAYOUTS)
-@pytest.mark.parametrize("shape", _SHAPES)
+@pytest.mark.parametrize("shape", gpu_runs.SHAPES)
 def test_a_layout_trains_resumes_exports_and_verifies(shape: str, layout: str, corpus: Path, tmp_path: Path) -> None:
     gpu_runs.require_engine()
-    command = gpu_runs.pretrain(corpus, tmp_path, engine="megatron-deepspeed", **_SHAPES[shape], **_LAYOUTS[layout])
+    command = gpu_runs.pretrain(
+        corpus, tmp_path, engine="megatron-deepspeed", **gpu_runs.SHAPES[shape], **_LAYOUTS[layout]
+    )
     before = gpu_runs.train(command, tmp_path)
     after = gpu_runs.go_on(command, tmp_path)
     # reductions over NCCL may differ in their order from run to run
@@ -52,13 +47,13 @@ def test_a_layout_trains_resumes_exports_and_verifies(shape: str, layout: str, c
 @pytest.mark.parametrize("starter", ["own", "torchrun", "deepspeed"])
 def test_every_starter_starts_nccl(starter: str, corpus: Path, tmp_path: Path) -> None:
     started = time.monotonic()
-    command = gpu_runs.pretrain(corpus, tmp_path, engine="transformers", starter=starter, **_SHAPES["gpt"])
+    command = gpu_runs.pretrain(corpus, tmp_path, engine="transformers", starter=starter, **gpu_runs.SHAPES["gpt"])
     found = gpu_runs.train(command, tmp_path)
     print(f"{starter}: {time.monotonic() - started:.1f} s, losses {found}")
 
 
 def test_a_rank_killed_over_nccl_ends_the_run_by_its_name(corpus: Path, tmp_path: Path) -> None:
-    more = {**_SHAPES["gpt"], "lr": 1e-4, "train_tokens": "1B"}
+    more = {**gpu_runs.SHAPES["gpt"], "lr": 1e-4, "train_tokens": "1B"}
     command = gpu_runs.pretrain(corpus, tmp_path, engine="transformers", **more)
     running = subprocess.Popen(
         command, env={**os.environ, **runs.ENVIRONMENT}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
