@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import importlib.machinery
+import sys
 import time
+import types
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +24,26 @@ def test_the_parts_sum_up_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     assert start_times.line() == (
         "start: 41.3 s to the end of the first step = launcher and nodes 3.2 + imports 9.8 + first step 28.3"
     )
+
+
+def test_python_that_keeps_no_compiled_files_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(start_times.BEGAN_VARIABLE, "1000.0")
+    start_times.mark("imports", 1013.0)
+    kept = tmp_path / "torch" / "__pycache__" / "__init__.pyc"
+    torch = types.ModuleType("torch")
+    torch.__spec__ = importlib.machinery.ModuleSpec("torch", None, origin=str(tmp_path / "torch" / "__init__.py"))
+    torch.__spec__.cached = str(kept)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    assert start_times.line().endswith("imports 13.0")
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    assert start_times.line().endswith(
+        f"imports 13.0; imports compile torch's files at every start: unset PYTHONDONTWRITEBYTECODE, or once run "
+        f"{sys.executable} -m compileall -q {tmp_path}"
+    )
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    assert start_times.line().endswith("imports 13.0")
 
 
 @pytest.mark.parametrize("began", [None, "", "soon"])

@@ -8,7 +8,9 @@ print(start_times.line())        # start: 41.3 s to the end of the first step = 
 from __future__ import annotations
 
 import os
+import sys
 import time
+from pathlib import Path
 
 BEGAN_VARIABLE = "TRAIN_BEGAN"  # seconds since 1970 at which the launcher began
 _marks: list[tuple[str, float]] = []
@@ -43,4 +45,16 @@ def line() -> str:
     for name, at in _marks:
         parts.append(f"{name} {at - before:.1f}")
         before = at
-    return f"start: {before - began:.1f} s to the end of the first step = {' + '.join(parts)}" if parts else ""
+    whole = f"start: {before - began:.1f} s to the end of the first step = {' + '.join(parts)}"
+    return whole + _uncompiled() if parts else ""
+
+
+def _uncompiled() -> str:
+    """What to do where Python compiles torch's files anew at each start, as in images that forbid it to keep them."""
+    specification = getattr(sys.modules.get("torch"), "__spec__", None)
+    if not (sys.dont_write_bytecode and specification and specification.cached) or Path(specification.cached).exists():
+        return ""
+    return (
+        f"; imports compile torch's files at every start: unset PYTHONDONTWRITEBYTECODE, or once run "
+        f"{sys.executable} -m compileall -q {Path(specification.origin).parents[1]}"
+    )

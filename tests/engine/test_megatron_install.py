@@ -20,7 +20,6 @@ from train.engine.megatron_deepspeed.clone import clone, without_credentials
 from train.engine.megatron_deepspeed.install import InstallSettings
 from train.errors import UserError
 
-
 _BROKEN_HELPERS = """
 #include <Python.h>
 #include <csignal>

@@ -31,13 +31,13 @@ def compile_command(folder: Path) -> process.Command:
     source = folder / "megatron" / "data" / "helpers.cpp"
     target = checkout.helpers_file(folder)
     includes = [f"-I{path}" for path in dict.fromkeys((_pybind11_include(), sysconfig.get_path("include")))]
-    flags = ("-O3", "-Wall", "-shared", "-std=c++17", "-fPIC")
+    flags = ["-O3", "-Wall", "-shared", "-std=c++17", "-fPIC"]
     if sys.platform == "darwin":  # Python's own symbols are found when the module is loaded
-        flags += ("-undefined", "dynamic_lookup")
+        flags += ["-undefined", "dynamic_lookup"]
     else:
         # A compiler that brings its C++ library as an archive alone, as some modules and images do, would mix that with
         # the library that torch has loaded: the first number that the helpers print ends the process.
-        flags += ("-Wl,--exclude-libs,ALL",)
+        flags += ["-Wl,--exclude-libs,ALL"]
     return process.Command((*_compiler(), *flags, *includes, str(source), "-o", str(target)))
 
 
@@ -75,8 +75,8 @@ def check_helpers(folder: Path) -> None:
     built.unlink(missing_ok=True)
     ended = f"killed by {signal.Signals(-code).name}" if code < 0 else "a wrong index"
     raise UserError(
-        f"the compiled dataset helpers do not work beside torch ({ended}) and are deleted. Name another compiler in CXX, "
-        f"such as CXX=/usr/bin/g++, and run this again. {built.name} said:\n{last_lines}"
+        f"the compiled dataset helpers do not work beside torch ({ended}) and are deleted. Name another compiler in "
+        f"CXX, such as CXX=/usr/bin/g++, and run this again. {built.name} said:\n{last_lines}"
     )
 
 

@@ -1,4 +1,6 @@
-"""Whether the compiled dataset helpers work beside torch: `python -m train.engine.megatron_deepspeed.helpers_check FILE`.
+"""Whether the compiled dataset helpers work beside torch.
+
+    python -m train.engine.megatron_deepspeed.helpers_check FILE
 
 A process of its own, as helpers that do not work can take their process with them. helpers_build.py runs it.
 """
