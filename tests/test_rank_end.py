@@ -61,3 +61,22 @@ def test_what_is_under_way_is_finished_and_what_is_written_arrives() -> None:
 def test_an_error_on_the_way_out_does_not_change_the_status() -> None:
     done = run("def main():\n    sys.stdout.close()\n    return 3")
     assert done.returncode == 3
+
+
+def test_an_interrupt_on_the_way_out_ends_the_waiting_and_nothing_else() -> None:
+    done = run(
+        "import os, signal\n"
+        "def late():\n    time.sleep(0.3)\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\n"
+        "def main():\n    threading.Thread(target=late).start()\n    print('written')\n    return 3"
+    )
+    assert done.returncode == 3 and done.stdout == "written\nat exit\n"
+    assert "KeyboardInterrupt" in done.stderr
+
+
+def test_what_fails_on_the_way_out_is_told_and_the_rest_is_done() -> None:
+    done = run(
+        "def failing(*_): raise RuntimeError('hook')\n"
+        "sys.excepthook = failing\n"
+        "def main(): raise ValueError('main')"
+    )
+    assert done.returncode == 1 and done.stdout == "at exit\n" and "RuntimeError: hook" in done.stderr

@@ -53,8 +53,8 @@ def fork_that_begins(fork: Callable[[], int], *, waits_s: tuple[float, ...] = _W
                 os.close(tell)
                 os.close(heard)
             return 0
-        os.close(tell)  # so that a child that dies is heard, too
         try:
+            os.close(tell)  # so that a child that dies is heard, too
             if _is_heard(heard, wait_s):
                 return child
         except BaseException:  # an interrupt, of which nobody would look for the child
@@ -101,16 +101,21 @@ def _shield_from_sigterm() -> None:
 def _begin(former: Callable[[int], None] | None, worker_id: int) -> None:
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_end_when_told_by, args=(os.getppid(), _own_folder()), daemon=True).start()
     if former is not None:
         former(worker_id)
 
 
-def _end_when_told_by(rank: int) -> None:
+def _own_folder() -> str | None:
+    """Where multiprocessing keeps this process's sockets; a forked process begins with its parent's."""
+    return multiprocessing.current_process()._config.get("tempdir")  # type: ignore[attr-defined,no-any-return]
+
+
+def _end_when_told_by(rank: int, ranks_folder: str | None) -> None:
     """Heeds the SIGTERM of the rank itself, by which Python ends its daemons when it exits, and waits for them."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank:
         pass
-    folder = multiprocessing.current_process()._config.get("tempdir")  # type: ignore[attr-defined]  # of its socket
-    if folder:
+    folder = _own_folder()
+    if folder and folder != ranks_folder:
         shutil.rmtree(folder, ignore_errors=True)
     os._exit(0)

@@ -87,14 +87,14 @@ def is_done(
     Args:
         path: a manifest, or the folder that holds it.
         step, settings, inputs: as `write` was given them.
-        regardless_of: settings that may differ, by their keys from the outside in.
+        regardless_of: settings that may differ, by their keys from the outside in; a group of them by its own keys.
     """
     file = path / FILE_NAME if path.is_dir() else path
     if not file.is_file():
         return False
     record = read(file)
     found = same_run.differences(record.get("settings"), json.loads(json.dumps(_plain(settings))))
-    same_settings = all(keys in regardless_of for keys, _, _ in found)
+    same_settings = all(any(keys[: len(one)] == one for one in regardless_of) for keys, _, _ in found)
     return record["step"] == step and same_settings and record.get("inputs") == [identity(file) for file in inputs]
 
 

@@ -289,16 +289,17 @@ def _comparable(recipe: PretrainRecipe) -> PretrainRecipe:
 
 
 def _is_done(recipe: PretrainRecipe, run_folder: RunFolder, parts: Sequence[BlendPart]) -> bool:
-    """Whether this very run is over. Another layout, or a machine that settles open settings in another way, is not
-    another run: beginning it would train nothing, and tell of a training that never was."""
+    """Whether this very run is over. Another layout, other intervals, or a machine that settles open settings in another
+    way, are not another run: beginning it would train nothing, and tell of a training that never was."""
     if not run_folder.manifest.is_file():
         return False
+    engine = manifest.read(run_folder.manifest)["results"].get("engine", "")
     same = manifest.is_done(
         run_folder.manifest,
         step=STEP,
         settings=settings.to_plain(_comparable(recipe)),
         inputs=_inputs(recipe, parts),
-        regardless_of=run_identity.may_differ(manifest.read(run_folder.manifest)["results"].get("engine", "")),
+        regardless_of=run_identity.may_differ_when_done(recipe, engine),
     )
     return same and (run_folder.latest_step() or 0) >= recipe.train_steps  # a batch that ramps up takes more steps
 

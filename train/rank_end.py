@@ -12,10 +12,12 @@ children: what was registered for the end is called, and the process is over.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -29,16 +31,24 @@ def run(main: Callable[[], int]) -> NoReturn:
     except SystemExit as end:
         status = _status_of(end.code)
     except BaseException as error:
-        sys.excepthook(*sys.exc_info())  # torch's, which names the rank
+        _attempt(lambda: sys.excepthook(*sys.exc_info()))  # torch's, which names the rank
         status = EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else EXIT_FAILURE
+    _attempt(threading._shutdown)  # type: ignore[attr-defined]  # waits for threads that are no daemons, as Python does
+    _attempt(atexit._run_exitfuncs)
+    _attempt(lambda: ctypes.CDLL(None).fflush(None))  # what C libraries, NCCL among them, have written and not sent
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and not stream.closed:
+            _attempt(stream.flush)
+    os._exit(status)
+
+
+def _attempt(step: Callable[[], object]) -> None:
+    """Does one step of the end. An interrupt or an error ends that step, and neither the others nor the status."""
     try:
-        threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are no daemons, as Python does
-        atexit._run_exitfuncs()
-        ctypes.CDLL(None).fflush(None)  # what C libraries, NCCL among them, have written and not sent
-        sys.stdout.flush()
-        sys.stderr.flush()
-    finally:
-        os._exit(status)
+        step()
+    except BaseException:
+        with contextlib.suppress(BaseException):
+            traceback.print_exc()
 
 
 def _status_of(code: object) -> int:
@@ -47,5 +57,5 @@ def _status_of(code: object) -> int:
         return EXIT_OK
     if isinstance(code, int):
         return code
-    print(code, file=sys.stderr)
+    _attempt(lambda: print(code, file=sys.stderr))
     return EXIT_FAILURE

@@ -9,7 +9,9 @@ Megatron-DeepSpeed the same run may go on in another one, and the record keeps e
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -32,18 +34,24 @@ _COMPUTED: set[tuple[str, ...]] = {  # the same sums, with another memory or in 
     ("parallel", "activation_checkpoint"),
     ("parallel", "torch_compile"),
 }
+# How a run is started, watched and kept; a name alone stands for all that is under it.
+_AROUND: set[tuple[str, ...]] = {
+    ("logging",),
+    ("cluster",),
+    ("job",),
+    *(("checkpoint", name) for name in ("save_interval", "keep_last", "async_save", "eval_interval", "eval_iters")),
+    ("data", "num_workers"),
+    *(("parallel", name) for name in ("num_processes", "data_parallel_size", "device")),
+}
+_ENGINE = ("parallel", "engine")  # as it was asked for; which one trained stands in the record
 _STRETCHES = "stretches"
 
 
 def build(recipe: PretrainRecipe, engine: str, allocation: Allocation, inputs: Iterable[Path]) -> dict[str, Any]:
     """The run's identity as plain data."""
     plain = settings.to_plain(recipe)
-    del plain["logging"], plain["cluster"], plain["job"]
-    for name in ("save_interval", "keep_last", "async_save", "eval_interval", "eval_iters", "output_model_dir"):
-        del plain["checkpoint"][name]
-    del plain["data"]["num_workers"]
-    for name in ("engine", "num_processes", "data_parallel_size", "device"):
-        del plain["parallel"][name]
+    for *groups, name in (*_AROUND, _ENGINE, ("checkpoint", "output_model_dir")):
+        del functools.reduce(operator.getitem, groups, plain)[name]
     record = {
         "settings": plain,
         "inputs": {str(file): manifest.identity(file) for file in inputs},
@@ -80,6 +88,12 @@ def read(run_folder: RunFolder) -> dict[str, Any] | None:
 def may_differ(engine: str) -> set[tuple[str, ...]]:
     """The settings that tell how a run of this engine is trained, and not what it is."""
     return _COMPUTED | _LAYOUT if engine == choose.MEGATRON else _COMPUTED
+
+
+def may_differ_when_done(recipe: PretrainRecipe, engine: str) -> set[tuple[str, ...]]:
+    """The settings in which a recipe may differ from that of a run which `engine` has finished, and be the same run."""
+    same_engine = {_ENGINE} if recipe.parallel.engine in ("auto", engine) else set()
+    return _AROUND | may_differ(engine) | same_engine
 
 
 def check(run_folder: RunFolder, identity: dict[str, Any]) -> None:

@@ -192,3 +192,24 @@ def test_a_loader_of_a_loaders_parts_is_shielded_once(monkeypatch: pytest.Monkey
     assert first.worker_init_fn is not None and second.worker_init_fn is first.worker_init_fn
     assert DataLoader(numbers).worker_init_fn is None
     assert [int(batch) for batch in second] == [1, 2]
+
+
+def test_the_ranks_own_folder_outlives_a_worker(project_root: Path) -> None:
+    """A forked worker begins with all that its rank has noted, the folder of its sockets among it."""
+    script = """
+import multiprocessing.util, os
+from torch.utils.data import DataLoader
+from train import data_workers
+
+data_workers.protect()
+folder = multiprocessing.util.get_temp_dir()
+batches = iter(DataLoader([1, 2], num_workers=1, persistent_workers=True))
+next(batches)
+(worker,) = batches._workers
+worker.terminate()
+worker.join()
+print(worker.exitcode, os.path.isdir(folder))
+os._exit(0)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=project_root)
+    assert done.stdout == "0 True\n", done.stderr

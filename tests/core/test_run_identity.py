@@ -126,3 +126,11 @@ def test_each_stretch_has_its_layout() -> None:
 
 def test_without_checkpoints_any_run_may_begin(tmp_path: Path) -> None:
     run_identity.check(dataclasses.replace(RunFolder(tmp_path, "job")), identity())
+
+
+@pytest.mark.parametrize(("asked", "may"), [("auto", True), ("transformers", True), ("megatron-deepspeed", False)])
+def test_a_finished_run_is_of_the_engine_that_trained_it(asked: str, may: bool) -> None:
+    recipe = settings.parse(PretrainRecipe, [*WORDS, "--engine", asked], program="p", description="")
+    found = run_identity.may_differ_when_done(recipe, "transformers")
+    assert (("parallel", "engine") in found) == may
+    assert ("logging",) in found and ("parallel", "tensor_parallel_size") not in found
