@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -364,3 +365,43 @@ def test_nodes_that_are_slow_to_tell_of_themselves_are_not_lost(cluster, tmp_pat
         agents[node] = {"env": variables}
     end = cluster.run("print('ran')", agents=agents, node_timeout_s=1)
     assert (end.exit_status, end.text) == (0, "")
+
+
+def test_a_rank_that_dies_between_two_questions_is_told_before_the_end(monkeypatch):
+    """Its pipe has closed and its status is not there yet: that node would end, and the run be called good."""
+    from train.cluster import agent
+
+    class Channel:
+        def __init__(self):
+            self.told, self.ours, self.theirs = [], *socket.socketpair()
+
+        def fileno(self):
+            return self.ours.fileno()
+
+        def send(self, message):
+            self.told.append(message["kind"])
+
+    class Ranks:
+        """It is dead from the moment at which somebody asks whether it lives."""
+
+        is_dead = False
+
+        def pipes(self):
+            return []
+
+        def copy_output(self, _ready):
+            pass
+
+        def new_failures(self):
+            return [{"rank": 0, "status": 130, "lines": []}] if self.is_dead else []
+
+        def are_running(self):
+            self.is_dead = True
+            return False
+
+    channel = Channel()
+    serving = agent._Agent(channel, node_timeout_s=60.0)
+    serving._ranks = Ranks()
+    monkeypatch.setattr(agent, "_POLL_S", 0.0)
+    assert serving._turn() is None
+    assert channel.told == ["failed", "ended"]

@@ -114,9 +114,10 @@ class _Agent:
             number = signal.SIGTERM if number == signal.SIGHUP else number
             self._channel.send({"kind": "asked", "number": number})
         if self._ranks is not None:
+            is_over = not self._ranks.are_running()  # asked first: a rank may die between the two questions
             for failure in self._ranks.new_failures():
                 self._channel.send({"kind": "failed", **failure})
-            if not self._ranks.are_running() and not self._has_ended:
+            if is_over and not self._has_ended:
                 self._has_ended = True
                 self._channel.send({"kind": "ended"})
         return None
