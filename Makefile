@@ -1,13 +1,14 @@
 # make demo   installs into .venv and runs the five steps on this machine's CPU
-# make test   installs into .venv and runs all tests but the next
+# make test   installs into .venv and runs all tests but the next three
 # make test-system  runs the tests on real clusters made on this machine: wants root and Debian's packages
+# make test-gpu  runs the tests that need NVIDIA GPUs, as many as there are
 # make test-optional runs those that need packages which are used when present, in a folder of their own
 # make lint   ruff, mypy and ShellCheck only
 # make clean  removes .venv and caches, not output/
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
-.PHONY: help install demo test test-fast test-system test-optional lint clean
+.PHONY: help install demo test test-fast test-system test-gpu test-optional lint clean
 
 PYTHON3 ?= python3
 VENV_PYTHON := .venv/bin/python
@@ -30,10 +31,14 @@ demo: install
 	@scripts/common/demo.sh
 
 test: install
-	@"$(VENV_PYTHON)" -m pytest -n 2 --dist loadgroup -m "not system"
+	@"$(VENV_PYTHON)" -m pytest -n 2 --dist loadgroup -m "not system and not gpu"
 
 test-fast: install
-	@"$(VENV_PYTHON)" -m pytest -n 2 --dist loadgroup -m "not slow and not system"
+	@"$(VENV_PYTHON)" -m pytest -n 2 --dist loadgroup -m "not slow and not system and not gpu"
+
+# one after the other: they would wait for each other's GPUs
+test-gpu: install
+	@"$(VENV_PYTHON)" -m pytest tests -m gpu
 
 # not in the environment: with torchao in it, transformers imports it everywhere and warns
 test-optional: install

@@ -8,7 +8,6 @@ your own, or those of `make demo`). The verdict goes by means over the last step
 from __future__ import annotations
 
 import html
-import itertools
 import json
 import re
 import shutil
@@ -19,6 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from flag_values import flag_values
 
 from train import cli, outputs, process
 from train.errors import UserError, refuse
@@ -165,12 +166,13 @@ def _problems(settings: LossCurveSettings) -> list[str]:
     problems = []
     if settings.gpus and len(settings.gpus) != 2:
         problems.append(f"--gpus {' '.join(settings.gpus)}: two words were expected, one for each run.")
-    processes = _sizes(settings.flags).get("--num_processes", "1")
-    if settings.gpus and any(str(len(word.split(","))) != processes for word in settings.gpus):
-        problems.append(
-            f"--gpus {' '.join(settings.gpus)}: each run has --num_processes {processes}; name so many GPUs for each,"
-            " with commas between them, or leave --gpus out: the runs then follow each other."
-        )
+    for word, flags in zip(settings.gpus, (settings.flags, f"{settings.flags} {settings.other_flags}"), strict=False):
+        processes = flag_values(flags).get("--num_processes", "1")
+        if str(len(word.split(","))) != processes:
+            problems.append(
+                f"--gpus {' '.join(settings.gpus)}: the run on {word} has --num_processes {processes}; name so many"
+                " GPUs for it, with commas between them, or leave --gpus out: the runs then follow each other."
+            )
     if settings.steps < 4:
         problems.append(f"--steps {settings.steps}: at least 4 were expected.")
     if settings.other_flags and settings.switched_off != "speed":
@@ -178,13 +180,8 @@ def _problems(settings: LossCurveSettings) -> list[str]:
     return problems
 
 
-def _sizes(flags: str) -> dict[str, str]:
-    """Each flag's value."""
-    return dict(itertools.pairwise(flags.split()))
-
-
 def _command(settings: LossCurveSettings, number: int, curve: Curve) -> process.Command:
-    sizes = _sizes(settings.flags)
+    sizes = flag_values(settings.flags)
     step_tokens = int(sizes.get("--sequence_length", 0)) * int(sizes.get("--global_batch_size", 0))
     if not step_tokens:
         raise UserError(f"--flags {settings.flags!r}: --sequence_length and --global_batch_size are needed.")

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flag_values import flag_values
+
 from train import cli, outputs, process
 from train.errors import UserError, refuse
 from train.model_sizes import MODEL_SIZES
@@ -105,7 +107,9 @@ def measure(settings: ThroughputSettings) -> int:
 def _command(settings: ThroughputSettings, data: Path, case: str) -> tuple[str, process.Command]:
     name, _, rest = case.partition(":")
     words, _, variables = rest.partition("!")
-    batch_tokens = settings.global_batch_size * settings.sequence_length
+    own = flag_values(words)  # a case may have a batch of its own, and as many steps as the others
+    batch = int(own.get("--global_batch_size", settings.global_batch_size))
+    batch_tokens = batch * int(own.get("--sequence_length", settings.sequence_length))
     given: dict[str, Any] = {
         "input_tokenizer_file": data / "numbers.model",
         "data_path": data / "random_text_document",

@@ -38,6 +38,7 @@ CHAINS = [
 ELSEWHERE = {
     "make demo": "tests/test_demo.py runs the demo",
     "make test-optional": "it installs packages; .ci/run calls it",
+    "make test-gpu": "it needs GPUs",
     "make test-system": "it makes clusters on the machine; .ci/run calls it",
     "make test": "this is what is running",
     "bash scripts/common/install_megatron_deepspeed.sh": "it needs a network; tests/engine installs from a local clone",

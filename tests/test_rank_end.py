@@ -75,8 +75,6 @@ def test_an_interrupt_on_the_way_out_ends_the_waiting_and_nothing_else() -> None
 
 def test_what_fails_on_the_way_out_is_told_and_the_rest_is_done() -> None:
     done = run(
-        "def failing(*_): raise RuntimeError('hook')\n"
-        "sys.excepthook = failing\n"
-        "def main(): raise ValueError('main')"
+        "def failing(*_): raise RuntimeError('hook')\nsys.excepthook = failing\ndef main(): raise ValueError('main')"
     )
     assert done.returncode == 1 and done.stdout == "at exit\n" and "RuntimeError: hook" in done.stderr

@@ -10,6 +10,7 @@ What fits and what is fastest is the planner's prediction (train/planner, docs/p
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -132,6 +133,12 @@ def _about_given(recipe: PretrainRecipe, chosen: Candidate, planned: Sequence[Ca
             f" and this {gpu.name} has {gpu.memory_gib:.0f}: {advice}; scripts/step2_pretrain_model/plan.sh shows other"
             " layouts."
         )
+    if chosen.needed_gib > _usable(gpu):
+        return (
+            f"warning: a micro batch of {size} needs {chosen.needed_gib:.1f} GiB by the plan, and of this {gpu.name}"
+            f" {_usable(gpu):.1f} may be used: it may run out of memory; scripts/step2_pretrain_model/plan.sh shows"
+            " other layouts."
+        )
     if chosen.layout.recompute and is_open:
         kept = max((layout.micro_batch for layout in fitting if not layout.recompute), default=None)
         faster = f"--micro_batch_size {kept} fits without, " if kept else ""
@@ -147,7 +154,7 @@ def _planned(recipe: PretrainRecipe, engine: str, allocation: Allocation, gpu: T
     from train.checkpoint.megatron import vocabulary
     from train.planner.gpus import GPUS
     from train.planner.model import Shape
-    from train.planner.search import Query, search
+    from train.planner.search import LARGEST_MICRO_BATCH, Query, search
     from train.planner.speed import Cluster
 
     parallel, training = recipe.parallel, recipe.training
@@ -167,7 +174,10 @@ def _planned(recipe: PretrainRecipe, engine: str, allocation: Allocation, gpu: T
     )
     vocab_size = vocabulary.engine_vocab_size(recipe.data.input_tokenizer_file)
     shape = Shape.of(recipe.model, vocab_size=vocab_size, layers_per_stage=parallel.layers_per_stage)
-    for found in search(shape, query).fitting:
+    queries, given = [query], training.micro_batch_size
+    if given > LARGEST_MICRO_BATCH:
+        queries.append(dataclasses.replace(query, micro_batch=given))
+    for found in itertools.chain.from_iterable(search(shape, query).fitting for query in queries):
         needed = found.needed_gib + _unplanned_gib(recipe, engine, found.layout, found.memory)
         yield dataclasses.replace(found, needed_gib=needed)
 

@@ -289,8 +289,8 @@ def _comparable(recipe: PretrainRecipe) -> PretrainRecipe:
 
 
 def _is_done(recipe: PretrainRecipe, run_folder: RunFolder, parts: Sequence[BlendPart]) -> bool:
-    """Whether this very run is over. Another layout, other intervals, or a machine that settles open settings in another
-    way, are not another run: beginning it would train nothing, and tell of a training that never was."""
+    """Whether this very run is over. Another layout, other intervals, or a machine that settles open settings in
+    another way, are not another run: beginning it would train nothing, and tell of a training that never was."""
     if not run_folder.manifest.is_file():
         return False
     engine = manifest.read(run_folder.manifest)["results"].get("engine", "")

@@ -1,10 +1,9 @@
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import random
 import re
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -15,15 +14,11 @@ from train.errors import UserError
 from train.process import Command
 
 
-@pytest.fixture(scope="module")
-def loss_curves(project_root: Path) -> ModuleType:
+@pytest.fixture
+def loss_curves(project_root: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """benchmarks/loss_curves.py as a module."""
-    spec = importlib.util.spec_from_file_location("loss_curves", project_root / "benchmarks" / "loss_curves.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    monkeypatch.syspath_prepend(project_root / "benchmarks")
+    return importlib.import_module("loss_curves")
 
 
 def curve(steps: int = 500) -> list[float]:
@@ -127,6 +122,10 @@ def test_each_run_is_given_as_many_gpus_as_it_has_processes(
 ) -> None:
     two = ["--flags", "--sequence_length 64 --global_batch_size 4 --num_processes 2"]
     assert loss_curves.main(words(tmp_path, *two, "--gpus", "0", "1")) == 2
-    assert "--gpus 0 1: each run has --num_processes 2; name so many GPUs for each" in capsys.readouterr().err
+    assert "--gpus 0 1: the run on 1 has --num_processes 2; name so many GPUs for it" in capsys.readouterr().err
     assert loss_curves.main(words(tmp_path, *two, "--gpus", "0,1", "2,3")) == 0
     assert [command.environment["CUDA_VISIBLE_DEVICES"] for command in commands] == ["0,1", "2,3"]
+    other = ["--other_flags=--num_processes=2"]
+    assert loss_curves.main(words(tmp_path, *other, "--gpus", "0", "1")) == 2
+    assert "the run on 1 has --num_processes 2" in capsys.readouterr().err
+    assert loss_curves.main(words(tmp_path, *other, "--gpus", "0", "1,2")) == 0

@@ -1,9 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import importlib
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -13,16 +12,11 @@ from train.model_sizes import MODEL_SIZES
 from train.recipe import ModelSettings
 
 
-@pytest.fixture(scope="module")
-def throughput(project_root: Path) -> ModuleType:
+@pytest.fixture
+def throughput(project_root: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """benchmarks/pretrain_throughput.py as a module."""
-    file = project_root / "benchmarks" / "pretrain_throughput.py"
-    spec = importlib.util.spec_from_file_location("pretrain_throughput", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    monkeypatch.syspath_prepend(project_root / "benchmarks")
+    return importlib.import_module("pretrain_throughput")
 
 
 def test_a_run_of_which_nothing_would_be_counted_is_refused(
@@ -38,6 +32,17 @@ def test_a_case_without_a_name_or_flags_is_refused(throughput: ModuleType, capsy
     assert throughput.main(["--cases", *cases, "--dry_run"]) == 2
     said = capsys.readouterr().err
     assert all((f"--cases {case!r}: NAME: FLAGS" in said) == (case in cases[:3]) for case in cases)
+
+
+def test_a_case_with_a_batch_of_its_own_has_as_many_steps(
+    throughput: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["--global_batch_size", "4", "--sequence_length", "32", "--steps", "10", "--warm_up_steps", "2"]
+    cases = ["a: --micro_batch_size 1", "b: --global_batch_size 8", "c: --sequence_length=64"]
+    assert throughput.main([*sizes, "--cases", *cases, "--dry_run"]) == 0
+    found = [line.split() for line in capsys.readouterr().out.splitlines()]
+    tokens = [int(words[words.index("--train_tokens") + 1]) for words in found]
+    assert tokens == [10 * 4 * 32, 10 * 8 * 32, 10 * 4 * 64]
 
 
 def test_the_published_flops_of_a_gpt(throughput: ModuleType) -> None:

@@ -27,7 +27,8 @@ def hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
     monkeypatch.setattr(compilation, "find_spec", lambda _name: object())
     monkeypatch.setattr(compilation, "get_paths", lambda: {"include": str(tmp_path)})
     monkeypatch.setattr(compilation, "which", lambda name: name)
@@ -63,7 +64,7 @@ def test_where_no_kernels_can_be_made_it_is_off(
     import torch
 
     if lacks == "capability":
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (6, 1))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (6, 1))
     elif lacks == "triton":
         monkeypatch.setattr(compilation, "find_spec", lambda _name: None)
     elif lacks == "compiler":
@@ -87,3 +88,20 @@ def test_the_trainer_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
             description="",
         ).resolved()  # fmt: skip
         assert worker.training_arguments(recipe, RunFolder.of(recipe)).torch_compile is answer
+
+
+def test_each_rank_asks_its_own_gpu_and_a_compiler_that_is_named_must_be_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0) if device == 3 else (6, 1))
+    assert not settle()[0]
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert settle()[0]
+    monkeypatch.setattr(compilation, "which", lambda name: name if name == "ccache" else None)
+    monkeypatch.setenv("CC", "ccache gcc")
+    assert settle()[0]
+    monkeypatch.setenv("CC", "/no/such/gcc -O1")
+    is_on, note = settle()
+    assert not is_on and "a C compiler (CC is /no/such/gcc) and" in note

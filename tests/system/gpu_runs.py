@@ -55,9 +55,9 @@ def require_engine() -> None:
         pytest.skip(checkout.why_missing())
 
 
-def train(command: list[str], output: Path) -> dict[int, float]:
-    """Runs to the end; the losses by step."""
-    run(command)
+def train(command: list[str], output: Path, *, says: str = "") -> dict[int, float]:
+    """Runs to the end, and says this among the rest; the losses by step."""
+    assert says in run(command)
     losses: dict[int, float] = runs.losses(output, "run")
     assert sorted(losses) == list(range(1, STEPS + 1)) and losses[STEPS] < losses[1], losses
     return losses

@@ -55,7 +55,7 @@ def test_megatron_deepspeed_from_training_to_answers(method: str, corpus: Path, 
 
 def test_transformers_trains_compiled_and_goes_on(corpus: Path, tmp_path: Path) -> None:
     command = gpu_runs.pretrain(corpus, tmp_path, engine="transformers", **{**gpu_runs.SHAPES["gpt"], **_ONE_GPU})
-    before = gpu_runs.train(command, tmp_path)
+    before = gpu_runs.train(command, tmp_path, says="torch.compile: on")
     after = gpu_runs.go_on(command, tmp_path)
     assert after == pytest.approx(before, rel=1e-3)
     print(f"transformers: losses {before}, after resuming {after}")

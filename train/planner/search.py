@@ -15,7 +15,7 @@ from train.planner.memory import Memory
 from train.planner.model import Shape
 from train.planner.speed import Cluster
 
-_LARGEST_MICRO_BATCH = 64
+LARGEST_MICRO_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def layouts(shape: Shape, query: Query) -> Iterator[Layout]:
         if query.global_batch % data:
             continue
         per_rank = query.global_batch // data
-        largest = min(per_rank, query.micro_batch or _LARGEST_MICRO_BATCH)
+        largest = min(per_rank, query.micro_batch or LARGEST_MICRO_BATCH)
         micro_batches = (size for size in range(1, largest + 1) if per_rank % size == 0)
         for micro_batch, zero_stage, split, recompute in itertools.product(
             micro_batches, zero_stages, (False, True), (False, True)

@@ -20,6 +20,7 @@ from train.engine.megatron_deepspeed import checkout, helpers_check
 from train.errors import UserError
 
 _COMPILE_TIMEOUT_S = 300.0
+_CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)  # others come from outside
 _CHECK_TIMEOUT_S = 300.0  # torch's first import from a shared disk
 
 
@@ -57,26 +58,30 @@ def build_helpers(folder: Path) -> None:
             raise UserError(f"the dataset helpers did not compile ({command.text()}):\n{last_lines}")
 
 
-def check_helpers(folder: Path) -> None:
+def check_helpers(folder: Path) -> str:
     """Lets the helpers index three samples in a process that has torch loaded, as training does.
 
+    Returns:
+        A line that says whether they work, or why they could not be tried: another version's may be called otherwise.
+
     Raises:
-        UserError: they crash or return something else, and are deleted, so that the next installation compiles anew; or
-            they could not be tried.
+        UserError: they crash or return something else, and are deleted, so that the next installation compiles anew.
     """
     built = checkout.helpers_file(folder)
     command = process.Command((sys.executable, "-m", "train.engine.megatron_deepspeed.helpers_check", str(built)))
     code, text = process.capture(command, timeout_s=_CHECK_TIMEOUT_S)
     if code == 0:
-        return
-    last_lines = "\n".join(text.strip().splitlines()[-15:])
-    if code > 0 and code != helpers_check.WRONG:
-        raise UserError(f"the dataset helpers could not be tried ({command.text()}):\n{last_lines}")
+        return "dataset helpers work beside torch"
+    last_lines = text.strip().splitlines()[-15:]
+    if code not in (helpers_check.WRONG, *(-number for number in _CRASHES)):
+        why = (last_lines or [f"status {code}"])[-1]
+        return f"note: dataset helpers could not be tried: {why} ({command.text()})"
     built.unlink(missing_ok=True)
     ended = f"killed by {signal.Signals(-code).name}" if code < 0 else "a wrong index"
+    said = "\n".join((f" {built.name} said:", *last_lines)) if last_lines else ""
     raise UserError(
         f"the compiled dataset helpers do not work beside torch ({ended}) and are deleted. Name another compiler in "
-        f"CXX, such as CXX=/usr/bin/g++, and run this again. {built.name} said:\n{last_lines}"
+        f"CXX, such as CXX=/usr/bin/g++, and run this again.{said}"
     )
 
 

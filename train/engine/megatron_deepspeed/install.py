@@ -76,7 +76,7 @@ def install(settings: InstallSettings) -> int:
         else:
             helpers_build.build_helpers(folder)
             print(f"dataset helpers built: {checkout.helpers_file(folder).name}")
-        helpers_build.check_helpers(folder)
+        print(helpers_build.check_helpers(folder))
         for extension, source in wanted:
             print(extension_build.install_extension(extension, source, timeout_s=settings.timeout_s))
     print(smoke_import(folder))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,11 @@ def pretrain(recipe: PretrainRecipe, run_folder: RunFolder) -> None:
     if leads:
         parameters = sum(weight.numel() for weight in model.parameters())
         print(f"{recipe.model_name}: {parameters:,} parameters, {recipe.train_steps:,} steps", flush=True)
-        _, note = compilation.settle(recipe)
-        print(note, end="\n" if note else "", flush=True)
+    is_compiled, note = compilation.settle(recipe)
+    if note and leads:
+        print(note, flush=True)
+    elif note and not is_compiled and arguments.local_process_index == 0:  # the others wait for such a node's ranks
+        print(f"{socket.gethostname()}: {note}", flush=True)
     progress = None
     if leads:
         progress = Progress(
