@@ -8,6 +8,7 @@ print(start_times.line())        # start: 41.3 s to the end of the first step = 
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -54,7 +55,5 @@ def _uncompiled() -> str:
     specification = getattr(sys.modules.get("torch"), "__spec__", None)
     if not (sys.dont_write_bytecode and specification and specification.cached) or Path(specification.cached).exists():
         return ""
-    return (
-        f"; imports compile torch's files at every start: unset PYTHONDONTWRITEBYTECODE, or once run "
-        f"{sys.executable} -m compileall -q {Path(specification.origin).parents[1]}"
-    )
+    command = shlex.join((sys.executable, "-m", "compileall", "-q", str(Path(specification.origin).parents[1])))
+    return f"; imports compile torch's files at every start: unset PYTHONDONTWRITEBYTECODE, or once run {command}"
