@@ -38,7 +38,7 @@ test-fast: install
 
 # one after the other: they would wait for each other's GPUs
 test-gpu: install
-	@"$(VENV_PYTHON)" -m pytest tests -m gpu
+	@"$(VENV_PYTHON)" -m pytest -s tests -m gpu
 
 # not in the environment: with torchao in it, transformers imports it everywhere and warns
 test-optional: install

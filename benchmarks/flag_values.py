@@ -2,6 +2,20 @@
 
 from __future__ import annotations
 
+from train.errors import UserError
+
+
+def flag_number(words: str, flag: str, default: int) -> int:
+    """A flag's last value as a number, or the default where it is not given.
+
+    Raises:
+        UserError: it is no number.
+    """
+    value = flag_values(words).get(flag, str(default))
+    if not value.isdigit():
+        raise UserError(f"{flag} {value}: a number was expected, in {words.strip()!r}.")
+    return int(value)
+
 
 def flag_values(words: str) -> dict[str, str]:
     """Each flag's last value; "" for a flag that stands alone."""

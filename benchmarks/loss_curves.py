@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flag_values import flag_values
+from flag_values import flag_number, flag_values
 
 from train import cli, outputs, process
 from train.errors import UserError, refuse
@@ -181,8 +181,8 @@ def _problems(settings: LossCurveSettings) -> list[str]:
 
 
 def _command(settings: LossCurveSettings, number: int, curve: Curve) -> process.Command:
-    sizes = flag_values(settings.flags)
-    step_tokens = int(sizes.get("--sequence_length", 0)) * int(sizes.get("--global_batch_size", 0))
+    own = f"{settings.flags} {curve.flags}"
+    step_tokens = flag_number(own, "--sequence_length", 0) * flag_number(own, "--global_batch_size", 0)
     if not step_tokens:
         raise UserError(f"--flags {settings.flags!r}: --sequence_length and --global_batch_size are needed.")
     given: dict[str, Any] = {

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flag_values import flag_values
+from flag_values import flag_number
 
 from train import cli, outputs, process
 from train.errors import UserError, refuse
@@ -107,9 +107,9 @@ def measure(settings: ThroughputSettings) -> int:
 def _command(settings: ThroughputSettings, data: Path, case: str) -> tuple[str, process.Command]:
     name, _, rest = case.partition(":")
     words, _, variables = rest.partition("!")
-    own = flag_values(words)  # a case may have a batch of its own, and as many steps as the others
-    batch = int(own.get("--global_batch_size", settings.global_batch_size))
-    batch_tokens = batch * int(own.get("--sequence_length", settings.sequence_length))
+    # a case may have a batch of its own, and as many steps as the others
+    batch = flag_number(words, "--global_batch_size", settings.global_batch_size)
+    batch_tokens = batch * flag_number(words, "--sequence_length", settings.sequence_length)
     given: dict[str, Any] = {
         "input_tokenizer_file": data / "numbers.model",
         "data_path": data / "random_text_document",

@@ -84,7 +84,7 @@ def settle(
         size = fixed or _largest(per_rank, _ON_A_CPU)
         return _with(recipe, size), f"micro batch: {size}, {_SO_FAR if fixed else 'on a CPU'}"
     unknown = _unknown(recipe, gpu)
-    planned = [] if gpu is None or unknown else list(_planned(recipe, engine, allocation, gpu))
+    planned = [] if gpu is None or unknown else list(_planned(recipe, engine, allocation, gpu, fixed))
     possible = [one for one in planned if fixed in (0, one.layout.micro_batch)]
     if gpu is None or not possible:
         why = _SO_FAR if fixed else f"as {unknown or 'the plan does not know this layout'}"
@@ -124,20 +124,14 @@ def _about_given(recipe: PretrainRecipe, chosen: Candidate, planned: Sequence[Ca
     """What the user of a micro batch of his own should know."""
     size, is_open = chosen.layout.micro_batch, recipe.parallel.activation_checkpoint is None
     fitting = [one.layout for one in planned if one.needed_gib <= _usable(gpu)]
-    if chosen.needed_gib > gpu.memory_gib:
+    if chosen.needed_gib > _usable(gpu):
         smaller = max((layout.micro_batch for layout in fitting), default=None)
         advice = f"--micro_batch_size {smaller} would fit" if smaller else "no micro batch fits in this layout"
         recomputed = " with activations recomputed" if chosen.layout.recompute else ""
         return (
-            f"warning: a micro batch of {size} needs {chosen.needed_gib:.0f} GiB of GPU memory{recomputed} by the plan,"
-            f" and this {gpu.name} has {gpu.memory_gib:.0f}: {advice}; scripts/step2_pretrain_model/plan.sh shows other"
-            " layouts."
-        )
-    if chosen.needed_gib > _usable(gpu):
-        return (
-            f"warning: a micro batch of {size} needs {chosen.needed_gib:.1f} GiB by the plan, and of this {gpu.name}"
-            f" {_usable(gpu):.1f} may be used: it may run out of memory; scripts/step2_pretrain_model/plan.sh shows"
-            " other layouts."
+            f"warning: a micro batch of {size} needs {chosen.needed_gib:.1f} GiB of GPU memory{recomputed} by the plan,"
+            f" and of the {gpu.memory_gib:.1f} of this {gpu.name} {_usable(gpu):.1f} may be used: {advice};"
+            " scripts/step2_pretrain_model/plan.sh shows other layouts."
         )
     if chosen.layout.recompute and is_open:
         kept = max((layout.micro_batch for layout in fitting if not layout.recompute), default=None)
@@ -149,8 +143,10 @@ def _about_given(recipe: PretrainRecipe, chosen: Candidate, planned: Sequence[Ca
     return ""
 
 
-def _planned(recipe: PretrainRecipe, engine: str, allocation: Allocation, gpu: ThisGpu) -> Iterator[Candidate]:
-    """What the plan says of each micro batch, with the memory that this engine needs for it."""
+def _planned(
+    recipe: PretrainRecipe, engine: str, allocation: Allocation, gpu: ThisGpu, fixed: int
+) -> Iterator[Candidate]:
+    """What the plan says of each micro batch, and of a fixed one, with the memory that this engine needs for it."""
     from train.checkpoint.megatron import vocabulary
     from train.planner.gpus import GPUS
     from train.planner.model import Shape
@@ -174,9 +170,9 @@ def _planned(recipe: PretrainRecipe, engine: str, allocation: Allocation, gpu: T
     )
     vocab_size = vocabulary.engine_vocab_size(recipe.data.input_tokenizer_file)
     shape = Shape.of(recipe.model, vocab_size=vocab_size, layers_per_stage=parallel.layers_per_stage)
-    queries, given = [query], training.micro_batch_size
-    if given > LARGEST_MICRO_BATCH:
-        queries.append(dataclasses.replace(query, micro_batch=given))
+    queries = [query]
+    if fixed > LARGEST_MICRO_BATCH:
+        queries.append(dataclasses.replace(query, micro_batch=fixed))
     for found in itertools.chain.from_iterable(search(shape, query).fitting for query in queries):
         needed = found.needed_gib + _unplanned_gib(recipe, engine, found.layout, found.memory)
         yield dataclasses.replace(found, needed_gib=needed)

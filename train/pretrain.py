@@ -60,12 +60,13 @@ def pretrain(recipe: PretrainRecipe) -> int:
     if not recipe.dry_run:
         parts = checks.check_data(recipe)
     recipe = sequence_parallel.settle(recipe, device=allocation.device)
+    asked = recipe
     recipe, note = _with_micro_batch(recipe, allocation, run_folder)
     if note:
         print(note, flush=True)
     if recipe.dry_run:
         return _dry_run(recipe, allocation, run_folder)
-    if not recipe.overwrite and _is_done(recipe, run_folder, parts):
+    if not recipe.overwrite and _is_done(asked, run_folder, parts):
         print(f"{run_folder.manifest} is there for the same recipe and data: nothing to do (--overwrite starts again).")
         return 0
     with same_run.claimed(run_folder.lock, str(run_folder.checkpoint_dir)):

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from train import manifest, same_run, settings
+from train import manifest, micro_batch, same_run, settings
 from train.cluster.allocation import Allocation
 from train.engine import choose
 from train.errors import UserError
@@ -91,9 +91,13 @@ def may_differ(engine: str) -> set[tuple[str, ...]]:
 
 
 def may_differ_when_done(recipe: PretrainRecipe, engine: str) -> set[tuple[str, ...]]:
-    """The settings in which a recipe may differ from that of a run which `engine` has finished, and be the same run."""
-    same_engine = {_ENGINE} if recipe.parallel.engine in ("auto", engine) else set()
-    return _AROUND | may_differ(engine) | same_engine
+    """The settings in which a recipe, as it was asked for, may differ from a run that `engine` has finished."""
+    found = _AROUND | may_differ(engine)
+    if recipe.parallel.engine in ("auto", engine):
+        found = found | {_ENGINE}
+    if recipe.training.micro_batch_size == micro_batch.AUTOMATIC:  # each machine settles it in its own way
+        found = found | {("training", "micro_batch_size")}
+    return found
 
 
 def check(run_folder: RunFolder, identity: dict[str, Any]) -> None:

@@ -220,6 +220,7 @@ def test_a_run_is_done_when_its_last_step_is_there(paths, capsys, monkeypatch, f
         ("transformers", {"num_processes": 4, "data_parallel_size": 4, "engine": "auto", "device": "cuda"}, [], True),
         ("transformers", {}, ["--log_interval", "7", "--save_interval", "3", "--keep_last", "9"], True),
         ("transformers", {"activation_checkpoint": True}, ["--micro_batch_size", "2"], False),
+        ("transformers", {}, ["--micro_batch_size", "0", "--num_processes", "4"], True),
         ("megatron-deepspeed", {}, ["--seed", "7"], False),
     ],
 )

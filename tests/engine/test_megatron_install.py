@@ -222,6 +222,22 @@ def test_helpers_that_could_not_be_tried_stay(repository: Path, body: str, said:
     assert checkout.helpers_file(folder).exists()
 
 
+@pytest.mark.slow
+def test_helpers_of_another_day_that_do_not_work_are_compiled_anew(
+    repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = clone_first(repository)
+    source = folder / "megatron" / "data" / "helpers.cpp"
+    good = source.read_text()
+    source.write_text(_BROKEN_HELPERS % "raise(SIGSEGV); return nullptr;")
+    helpers_build.build_helpers(folder)
+    source.write_text(good)
+    install._bring_helpers(folder)
+    said = capsys.readouterr().out
+    assert "(killed by SIGSEGV): they are compiled anew" in said and "dataset helpers built" in said
+    assert checkout.helpers_file(folder).is_file()
+
+
 def test_found_only_when_it_is_whole(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkout, "PINNED_COMMIT", git(repository, "rev-parse", "v1"))
     assert checkout.find_checkout() is None and "there is no such folder; run" in checkout.why_missing()

@@ -43,6 +43,8 @@ def test_a_case_with_a_batch_of_its_own_has_as_many_steps(
     found = [line.split() for line in capsys.readouterr().out.splitlines()]
     tokens = [int(words[words.index("--train_tokens") + 1]) for words in found]
     assert tokens == [10 * 4 * 32, 10 * 8 * 32, 10 * 4 * 64]
+    assert throughput.main([*sizes, "--cases", "a: --sequence_length", "--dry_run"]) == 2
+    assert "--sequence_length : a number was expected, in '--sequence_length'" in capsys.readouterr().err
 
 
 def test_the_published_flops_of_a_gpt(throughput: ModuleType) -> None:

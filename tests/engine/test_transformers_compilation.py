@@ -95,13 +95,19 @@ def test_each_rank_asks_its_own_gpu_and_a_compiler_that_is_named_must_be_there(
 ) -> None:
     import torch
 
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0) if device == 3 else (6, 1))
     assert not settle()[0]
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert settle()[0]
-    monkeypatch.setattr(compilation, "which", lambda name: name if name == "ccache" else None)
-    monkeypatch.setenv("CC", "ccache gcc")
+    monkeypatch.setenv("LOCAL_RANK", "7")  # more ranks than GPUs
     assert settle()[0]
-    monkeypatch.setenv("CC", "/no/such/gcc -O1")
-    is_on, note = settle()
-    assert not is_on and "a C compiler (CC is /no/such/gcc) and" in note
+    monkeypatch.setattr(compilation, "which", lambda name: name if name == "gcc" else None)
+    for named, is_there in (("gcc", True), ("gcc -O1", False), ("/no/such/gcc", False), ("", False)):
+        monkeypatch.setenv("CC", named)
+        is_on, note = settle()
+        assert is_on == is_there and (is_on or f"a C compiler (CC is {named!r}) and" in note)
+    monkeypatch.delenv("CC")
+    assert settle()[0]
+    monkeypatch.setattr(compilation, "which", lambda name: name if name == "cc" else None)  # triton does not ask for it
+    assert not settle()[0]

@@ -1,4 +1,4 @@
-"""One GPU: steps 2 to 4 with the defaults, each to its end: train, resume, export, verify, finetune, answer.
+"""One GPU: Megatron-DeepSpeed trains, resumes, exports, verifies, is finetuned and answers; transformers resumes.
 
 Needs an NVIDIA GPU, and a Megatron-DeepSpeed checkout for its engine. Takes two minutes each.
 """

@@ -71,12 +71,7 @@ def install(settings: InstallSettings) -> int:
         else:
             clone(settings.repository, settings.ref, folder, timeout_s=settings.timeout_s)
             print(f"Megatron-DeepSpeed {settings.ref} cloned into {folder}")
-        if checkout.helpers_file(folder).is_file():
-            print(f"dataset helpers are already built: {checkout.helpers_file(folder).name}")
-        else:
-            helpers_build.build_helpers(folder)
-            print(f"dataset helpers built: {checkout.helpers_file(folder).name}")
-        print(helpers_build.check_helpers(folder))
+        _bring_helpers(folder)
         for extension, source in wanted:
             print(extension_build.install_extension(extension, source, timeout_s=settings.timeout_s))
     print(smoke_import(folder))
@@ -129,6 +124,21 @@ def _extension_problems(wanted: list[Extension]) -> list[str]:
     """Nothing is asked of the machine for what is installed already."""
     missing = [extension for extension in wanted if extensions.state(extension)[0] is None]
     return extensions.problems(missing, cuda_toolchain.read_toolchain()) if missing else []
+
+
+def _bring_helpers(folder: Path) -> None:
+    """Compiles the dataset helpers where they are missing, or were compiled in a way that does not work here."""
+    file = checkout.helpers_file(folder)
+    if file.is_file():
+        print(f"dataset helpers are already built: {file.name}")
+        try:
+            print(helpers_build.check_helpers(folder))
+            return
+        except UserError as error:
+            print(f"{error.problems[0].partition(' and are deleted')[0]}: they are compiled anew")
+    helpers_build.build_helpers(folder)
+    print(f"dataset helpers built: {file.name}")
+    print(helpers_build.check_helpers(folder))
 
 
 def _is_whole(folder: Path, ref: str) -> bool:

@@ -6,7 +6,6 @@ is_on, note = settle(recipe)    # in a rank, which sees its GPU
 from __future__ import annotations
 
 import os
-import shlex
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
@@ -35,14 +34,17 @@ def _obstacle(recipe: PretrainRecipe) -> str:
 
     if recipe.parallel.zero_stage == 3:
         return "ZeRO-3 fetches weights in hooks, at which compiled graphs would end"
-    if torch.cuda.get_device_capability(int(os.environ.get("LOCAL_RANK", "0"))) < _OLDEST_CAPABILITY:
+    if torch.cuda.get_device_capability(_own_gpu(torch.cuda.device_count())) < _OLDEST_CAPABILITY:
         return "this GPU is older than those that triton makes kernels for"
     if find_spec("triton") is None:
         return "the package triton is not installed"
-    named = shlex.split(os.environ.get("CC", ""))[:1]  # may bring flags
-    if (
-        not any(map(which, named or ("cc", "gcc", "clang")))
-        or not (Path(get_paths()["include"]) / "Python.h").is_file()
-    ):
-        return f"triton needs a C compiler{f' (CC is {named[0]})' if named else ''} and Python's headers here"
+    named = os.environ.get("CC")  # triton takes it as one program, also when it holds flags
+    compiler = which("gcc") or which("clang") if named is None else which(named)
+    if compiler is None or not (Path(get_paths()["include"]) / "Python.h").is_file():
+        return f"triton needs a C compiler{'' if named is None else f' (CC is {named!r})'} and Python's headers here"
     return ""
+
+
+def _own_gpu(visible: int) -> int:
+    """The number of this rank's GPU among those that it sees, as accelerate has it."""
+    return int(os.environ.get("LOCAL_RANK", "0")) % max(visible, 1)
